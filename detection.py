@@ -1,0 +1,339 @@
+"""Features -> scores -> metrics: how outliers are told (SSD paper, sections 3 and 4).
+
+    detector = SSD.fit(train, clusters=1)
+    metrics(detector.score(test), detector.score(ood))    # {"fpr95": ..., "auroc": ..., ...}
+
+Knows no network, no file, no argument parser. Three rules hold for all of it:
+- a larger score is more outlying, and outliers are the positive class; distances are squared;
+- fitting happens once, scoring as often as wished;
+- arguments are never written to.
+Features are float [N, D], tensors or arrays; scores and metrics are float64.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+ROWS = 4096  # rows brought to float64 at a time: 64 MiB at 2,048 dimensions
+GUARD = 1e-10  # what the original adds to a norm or deviation before it divides
+
+
+class FeatureError(ValueError):
+    """Features that no score can be computed from: not finite, of wrong shape, or too few."""
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Bring rows to unit length, then coordinates to the mean 0 and deviation 1 of training.
+
+    Attributes:
+        mean: float64 [D]. scale: float64 [D], 1 / (deviation + 1e-10); 0 for a dead coordinate,
+            one that is constant in training: it says nothing, in any set.
+
+    Source: same as the original, but for dead coordinates: there their guard of 1e-10 blows a
+    deviation up 10^10 times, in a direction that the pseudo-inverse then ignores.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def fit(cls, train):
+        """Measure mean and population deviation of the unit-length training features [N, D].
+
+        Raises:
+            FeatureError: not two-dimensional, empty, or not finite.
+        """
+        train = checked(train, "the training features")
+        total = sum(_unit(rows).sum(dim=0) for rows in train.split(ROWS))
+        mean = total / len(train)
+        square = sum((_unit(rows) - mean).square().sum(dim=0) for rows in train.split(ROWS))
+        deviation = (square / len(train)).sqrt()
+        return cls(mean, torch.where(deviation > GUARD, 1 / (deviation + GUARD), 0.0))
+
+    def __call__(self, features, name="the features"):
+        """Standardise features [N, D]; returns a new float32 tensor [N, D].
+
+        Raises:
+            FeatureError: not finite or of another width; `name` is in the message.
+        """
+        features = checked(features, name, width=len(self.mean))
+        out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
+        for rows, target in zip(features.split(ROWS), out.split(ROWS), strict=True):
+            target.copy_((_unit(rows) - self.mean) * self.scale)
+        return out
+
+
+def _unit(rows):
+    """Rows [n, D] -> float64 rows of length 1."""
+    rows = rows.double()
+    return rows / (rows.norm(dim=1, keepdim=True) + GUARD)
+
+
+def checked(features, name, width=None):
+    """Return features as a tensor [N, D] if they can be used.
+
+    Raises:
+        FeatureError: says what is wrong with `name`.
+    """
+    features = torch.as_tensor(features)
+    if features.dim() != 2 or 0 in features.shape:
+        raise FeatureError(f"{name} must be [N, D], not {list(features.shape)}")
+    if width is not None and features.shape[1] != width:
+        raise FeatureError(f"{name} have {features.shape[1]} dimensions, the training ones {width}")
+    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in features.split(ROWS))
+    if bad:
+        raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows")
+    return features
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A mean and the pseudo-inverse of a covariance, as a factor.
+
+    Attributes:
+        mean: float64 [D].
+        whiten: float64 [D, rank] with whiten @ whiten.T = pinv(covariance).
+        n: number of rows it was fitted on.
+    """
+
+    mean: torch.Tensor
+    whiten: torch.Tensor
+    n: int
+
+    @property
+    def rank(self):
+        """Rank of the covariance: directions in which distance counts."""
+        return self.whiten.shape[1]
+
+    @classmethod
+    def fit(cls, x, shrink=False):
+        """Fit mean and covariance to rows.
+
+        Args:
+            x: float tensor [N, D], N >= 1, finite.
+            shrink: use Ledoit and Wolf's covariance instead of the one with 1/N.
+
+        Source: SSD paper, equation 3; scores as from numpy's pinv in the original, but for singular
+        covariances: eigenvalues up to D * eps of the largest count as zero, numpy's 1e-15 keeps
+        directions of pure rounding noise among them.
+        """
+        mean, covariance = ledoit_wolf(x) if shrink else moments(x)
+        values, vectors = torch.linalg.eigh(covariance)  # rising
+        cut = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+        keep = values > cut
+        return cls(mean, vectors[:, keep] / values[keep].sqrt(), len(x))
+
+    def score(self, x):
+        """Return the squared Mahalanobis distance of rows [N, D]: float64 tensor [N]."""
+        if self.rank == 0:
+            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return torch.cat(
+            [((r.double() - self.mean) @ self.whiten).square().sum(dim=1) for r in x.split(ROWS)]
+        )
+
+
+def moments(x):
+    """Compute mean and covariance (1/N) of rows, accumulated in float64.
+
+    Args:
+        x: float tensor [N, D].
+
+    Returns:
+        float64 [D] and [D, D].
+    """
+    mean = sum(rows.double().sum(dim=0) for rows in x.split(ROWS)) / len(x)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=x.device)
+    for rows in x.split(ROWS):
+        centred = rows.double() - mean
+        covariance.addmm_(centred.T, centred)
+    return mean, covariance / len(x)
+
+
+def ledoit_wolf(x):
+    """Compute mean and Ledoit and Wolf's shrunk covariance of rows, accumulated in float64.
+
+    Args:
+        x: float tensor [N, D].
+
+    Returns:
+        float64 [D] and [D, D]: (1 - s) S + s (trace S / D) I, with S the covariance (1/N).
+
+    Source: Ledoit and Wolf 2004, lemma 3.2-3.4; same as scikit-learn's ledoit_wolf. Its sum over
+    all pairs of coordinates of squared products is the sum of the rows' fourth powers of length.
+    """
+    mean, covariance = moments(x)
+    n, dim = x.shape
+    fourth = sum(
+        (rows.double() - mean).square().sum(dim=1).square().sum() for rows in x.split(ROWS)
+    )
+    target = covariance.trace() / dim
+    size = covariance.square().sum()
+    spread = (fourth / n - size) / n  # of S around the true covariance
+    distance = size - dim * target**2  # of S from the target
+    s = float((spread / distance).clamp(max=1)) if spread > 0 and distance > 0 else 0.0
+    covariance = (1 - s) * covariance
+    covariance.diagonal().add_(s * target)
+    return mean, covariance
+
+
+def kmeans(x, clusters, seed):
+    """Assign rows to k-means clusters.
+
+    Args:
+        x: float tensor [N, D]; clusters: m, 1 <= m <= N; seed: int >= 0.
+
+    Returns:
+        int64 tensor [N], values 0..m-1; a cluster may be empty.
+
+    Raises:
+        FeatureError: more clusters than rows.
+
+    Source: as the original: faiss, 100 iterations on a random permutation of the rows, at most 256
+    of them per centroid. On the GPU where faiss sees one.
+    """
+    import faiss
+
+    if clusters > len(x):
+        raise FeatureError(f"{clusters} clusters are more than the {len(x)} training images")
+    rows = np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
+    shuffled = rows[np.random.default_rng(seed).permutation(len(rows))]
+    machine = faiss.Kmeans(
+        rows.shape[1],
+        clusters,
+        niter=100,
+        seed=seed % 2**31,  # faiss takes an int
+        min_points_per_centroid=1,  # only silences a warning
+        gpu=faiss.get_num_gpus() > 0,
+    )
+    machine.train(shuffled)
+    return torch.from_numpy(machine.index.search(rows, 1)[1].ravel()).to(x.device)
+
+
+@dataclass(frozen=True)
+class SSD:
+    """Tell outliers by the distance to the nearest cluster of the training features (SSD, SSD+).
+
+    Attributes:
+        standardize: Standardizer.
+        gaussians: one per cluster that has an extent.
+        left_out: number of images in clusters that have none (see `fit`).
+    """
+
+    standardize: Standardizer
+    gaussians: tuple[Gaussian, ...]
+    left_out: int = 0
+
+    @classmethod
+    def fit(cls, train, clusters=1, labels=None, seed=0):
+        """Fit a Gaussian to each cluster of the training features.
+
+        Args:
+            train: float [N, D], raw features of the encoder.
+            clusters: m >= 1; k-means divides the features where m > 1.
+            labels: int [N]; with m > 1 these are the clusters, whatever m (SupCE).
+            seed: of k-means.
+
+        A cluster of rank 0 - a single image, or equal ones - would give every image the score 0
+        and is left out of the minimum. A cluster with fewer images than dimensions measures
+        distance only in the directions that its images span.
+
+        Raises:
+            FeatureError: features not finite or of wrong shape, more clusters than rows, or all
+                features equal.
+        """
+        standardize = Standardizer.fit(train)
+        x = standardize(train, "the training features")
+        if clusters == 1:
+            members = [x]
+        else:
+            y = kmeans(x, clusters, seed) if labels is None else torch.as_tensor(labels)
+            members = [x[y == c] for c in y.unique()]
+        fitted = [Gaussian.fit(rows) for rows in members]
+        usable = tuple(g for g in fitted if g.rank)
+        if not usable:
+            raise FeatureError("the training features are all equal within each cluster")
+        return cls(standardize, usable, sum(g.n for g in fitted if not g.rank))
+
+    def score(self, features, name="the features"):
+        """Return the distance of each row [N, D] to its nearest cluster: float64 array [N]."""
+        x = self.standardize(features, name)
+        best = self.gaussians[0].score(x)
+        for gaussian in self.gaussians[1:]:
+            best = torch.minimum(best, gaussian.score(x))
+        return best.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class SSDk:
+    """Tell outliers by their distance to the training features less that to known outliers.
+
+    Both Gaussians have Ledoit and Wolf's covariance, since the known outliers are few.
+
+    Attributes:
+        standardize: Standardizer of the training features. inliers: Gaussian of them.
+    """
+
+    standardize: Standardizer
+    inliers: Gaussian
+
+    @classmethod
+    def fit(cls, train):
+        """Fit to the training features, float [N, D]; raises FeatureError as SSD.fit."""
+        standardize = Standardizer.fit(train)
+        x = standardize(train, "the training features")
+        return cls(standardize, Gaussian.fit(x, shrink=True))
+
+    def know(self, outliers):
+        """Fit to the features of known outliers, float [n, D]; returns their Gaussian."""
+        return Gaussian.fit(self.standardize(outliers, "the known outliers"), shrink=True)
+
+    def score(self, features, known, name="the features"):
+        """Return d_in - d_out of each row [N, D]: float64 array [N], negative ones included.
+
+        Args:
+            known: what `know` returned.
+        """
+        x = self.standardize(features, name)
+        return (self.inliers.score(x) - known.score(x)).cpu().numpy()
+
+
+def metrics(in_scores, ood_scores):
+    """Measure how well scores tell outliers.
+
+    Args:
+        in_scores: float [N] of in-distribution test images. ood_scores: float [M] of outliers.
+
+    Returns:
+        dict of floats: `fpr95` (share of outliers below the 95th percentile of the in-distribution
+        scores, as the SSD paper), `auroc`, `aupr` (average precision, outliers positive),
+        `fpr95_ood_positive` (share of in-distribution scores not below the threshold that 95 % of
+        the outliers reach, as OpenOOD and pytorch-ood) and `aupr_in` (in-distribution positive).
+
+    Raises:
+        ValueError: an empty set, or scores that are not finite or not one-dimensional.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    inside, outside = (np.asarray(s, dtype=np.float64) for s in (in_scores, ood_scores))
+    for name, scores in (("in-distribution", inside), ("outlier", outside)):
+        if scores.ndim != 1 or not len(scores):
+            raise ValueError(f"{name} scores must be [N >= 1], not {list(scores.shape)}")
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{np.sum(~np.isfinite(scores))} {name} scores are not finite")
+    scores = np.concatenate([inside, outside])
+    outlier = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
+    return {
+        "fpr95": float(np.mean(outside < np.percentile(inside, 95))),
+        "auroc": float(roc_auc_score(outlier, scores)),
+        "aupr": float(average_precision_score(outlier, scores)),
+        "fpr95_ood_positive": float(np.mean(inside >= _reached_by(outside, 0.95))),
+        "aupr_in": float(average_precision_score(1 - outlier, -scores)),
+    }
+
+
+def _reached_by(scores, share):
+    """The largest score that at least this share of all scores reaches."""
+    reached = np.arange(1, len(scores) + 1) / len(scores)
+    return np.sort(scores)[::-1][np.searchsorted(reached, share)]

@@ -1,0 +1,82 @@
+"""Fixtures that the tests of several rooms share: tiny image sets, a checkpoint, the commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Function (name) -> what the original printed: a dict of arrays, or the content of JSON."""
+
+    def read(name):
+        path = GOLDEN / name
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        with np.load(path) as file:
+            return dict(file)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Function (script, *arguments, cwd=...) -> the finished process of one of the programs."""
+
+    def run(script, *arguments, cwd, env=None, timeout=300):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_npz(tmp_path_factory):
+    """A file of 48 training and 32 test images of 8 pixels, grey, in 4 classes that differ."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 48), ("test", 32)):
+        labels = np.arange(n) % 4
+        images = rng.integers(0, 60, (n, 8, 8)) + 50 * labels[:, None, None]
+        arrays[f"{split}_images"] = images.astype(np.uint8)
+        arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
+    path = tmp_path_factory.mktemp("npz") / "tiny.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_npz(tmp_path_factory):
+    """A file of 24 test images of 12 pixels, in colour, in 2 classes: outliers."""
+    rng = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("npz") / "other.npz"
+    images = rng.integers(0, 256, (24, 12, 12, 3)).astype(np.uint8)
+    np.savez(path, test_images=images, test_labels=np.arange(24) % 2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, command, tiny_npz):
+    """The best checkpoint of a SimCLR ResNet-18 that train.py trained on `tiny_npz`."""
+    home = tmp_path_factory.mktemp("trained")
+    done = command(
+        "train.py", "--dataset", f"npz:{tiny_npz}", "--arch", "resnet18", "--size", 8,
+        "--epochs", 1, "--batch-size", 16, "--lr", 0.05, "--normalize", cwd=home,
+    )
+    assert done.returncode == 0, done.stderr
+    return home / "results/temp/latest_exp/checkpoint/model_best.pth.tar"

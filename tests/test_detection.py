@@ -1,0 +1,366 @@
+"""Scores and metrics equal the original's, literal formulas, closed forms and scikit-learn's."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import covariance as sklearn_covariance
+from sklearn.metrics import roc_curve
+
+import detection
+from detection import SSD, FeatureError, Gaussian, SSDk, Standardizer
+
+
+def rows(n, d, seed=0, dtype=np.float32):
+    """Correlated features with a mean, as an encoder's are."""
+    rng = np.random.default_rng(seed)
+    mix = np.random.default_rng(99).normal(size=(d, d))
+    return (rng.normal(size=(n, d)) @ mix + 0.5).astype(dtype)
+
+
+def literal_distances(x, mean, covariance):
+    """The quadratic form, image by image."""
+    inverse = np.linalg.pinv(covariance)
+    return np.array([(row - mean) @ inverse @ (row - mean) for row in x])
+
+
+def literal_scale(train, *others):
+    """Unit length, then the training mean and population deviation, in float64."""
+    unit = [x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+            for x in (train, *others)]
+    mean, deviation = unit[0].mean(axis=0), unit[0].std(axis=0)
+    return [(x - mean) / deviation for x in unit]
+
+
+# --- against the original -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["one", "labels"])
+def test_ssd_scores_are_those_of_the_original(golden, kind):
+    g = golden("scores.npz")
+    clusters, labels = (1, None) if kind == "one" else (4, g["labels"])
+    detector = SSD.fit(g["train"], clusters, labels)
+    test, ood = detector.score(g["test"]), detector.score(g["ood"])
+    np.testing.assert_allclose(test, g[f"{kind}_score_test"], rtol=1e-6)
+    np.testing.assert_allclose(ood, g[f"{kind}_score_ood"], rtol=1e-6)
+    measured = detection.metrics(test, ood)
+    three = [measured[k] for k in ("fpr95", "auroc", "aupr")]
+    assert three == g[f"{kind}_fpr95_auroc_aupr"].tolist()
+
+
+def test_ssdk_scores_are_those_of_the_original(golden):
+    g = golden("scores.npz")
+    detector = SSDk.fit(g["train"])
+    known = detector.know(g["known"])
+    for name in ("test", "ood"):
+        # The original subtracted two distances in float32; its rounding is relative to these.
+        x = detector.standardize(g[name])
+        size = (detector.inliers.score(x) + known.score(x)).numpy()
+        error = np.abs(detector.score(g[name], known) - g[f"ssdk_score_{name}"])
+        assert (error / size).max() < 1e-6
+    measured = detection.metrics(
+        detector.score(g["test"], known), detector.score(g["ood"], known)
+    )
+    three = [measured[k] for k in ("fpr95", "auroc", "aupr")]
+    assert three == pytest.approx(g["ssdk_fpr95_auroc_aupr"].tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_metrics_are_those_of_the_original_exactly(golden, case):
+    expected = golden("metrics.json")[case]
+    measured = detection.metrics(expected["in"], expected["ood"])
+    assert {k: measured[k] for k in ("fpr95", "auroc", "aupr")} == {
+        k: expected[k] for k in ("fpr95", "auroc", "aupr")
+    }
+
+
+# --- against literal formulas and closed forms ----------------------------------------------------
+
+
+def test_ssd_with_one_cluster_is_the_formula_written_out():
+    train, test = rows(300, 12), rows(40, 12, seed=1)
+    scaled_train, scaled_test = literal_scale(train, test)
+    expected = literal_distances(
+        scaled_test, scaled_train.mean(axis=0), np.cov(scaled_train.T, bias=True)
+    )
+    np.testing.assert_allclose(SSD.fit(train).score(test), expected, rtol=1e-4)
+
+
+def test_ssd_with_labels_takes_the_nearest_class():
+    train, test = rows(300, 8), rows(40, 8, seed=1)
+    labels = np.arange(300) % 3
+    scaled_train, scaled_test = literal_scale(train, test)
+    expected = np.min(
+        [
+            literal_distances(scaled_test, part.mean(axis=0), np.cov(part.T, bias=True))
+            for part in (scaled_train[labels == c] for c in range(3))
+        ],
+        axis=0,
+    )
+    detector = SSD.fit(train, clusters=2, labels=labels)  # of a classifier: the classes, whatever m
+    assert len(detector.gaussians) == 3
+    np.testing.assert_allclose(detector.score(test), expected, rtol=1e-4)
+
+
+def test_the_mean_score_of_the_training_rows_is_the_dimension():
+    train = rows(400, 20)
+    assert SSD.fit(train).score(train).mean() == pytest.approx(20, rel=1e-9)
+
+
+def test_scores_do_not_depend_on_the_length_of_features():
+    train, test = rows(100, 6), rows(10, 6, seed=1)
+    stretched = test * np.linspace(0.1, 50, 10, dtype=np.float32)[:, None]
+    detector = SSD.fit(train)
+    np.testing.assert_allclose(detector.score(stretched), detector.score(test), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 100, 4096])
+def test_sums_in_pieces_are_the_sums_at_once(monkeypatch, rows_at_once):
+    train, test = rows(250, 10), rows(33, 10, seed=1)
+    expected = SSD.fit(train).score(test), SSDk.fit(train).inliers.whiten
+    monkeypatch.setattr(detection, "ROWS", rows_at_once)
+    np.testing.assert_allclose(SSD.fit(train).score(test), expected[0], rtol=1e-6)
+    fitted = SSDk.fit(train).inliers.whiten
+    torch.testing.assert_close(
+        fitted @ fitted.T, expected[1] @ expected[1].T, rtol=1e-6, atol=1e-9
+    )
+
+
+def test_moments_are_numpys():
+    x = rows(500, 15, dtype=np.float64)
+    mean, covariance = detection.moments(torch.from_numpy(x))
+    np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(x.T, bias=True), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "d"), [(500, 15), (30, 15), (8, 15), (2, 15), (1, 4), (50, 1)])
+def test_ledoit_wolf_is_scikit_learns(n, d):
+    x = rows(n, d, dtype=np.float64)
+    _, covariance = detection.ledoit_wolf(torch.from_numpy(x))
+    # scikit-learn takes a single row for a single feature; its covariance is 0
+    expected = np.zeros((d, d)) if n == 1 else sklearn_covariance.ledoit_wolf(x)[0]
+    np.testing.assert_allclose(covariance, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_ledoit_wolf_of_equal_rows_is_zero():
+    _, covariance = detection.ledoit_wolf(torch.ones(5, 3))
+    assert (covariance == 0).all()
+
+
+def test_the_pseudo_inverse_is_numpys_where_the_covariance_is_regular():
+    x = torch.from_numpy(rows(200, 9, dtype=np.float64))
+    gaussian = Gaussian.fit(x)
+    assert gaussian.rank == 9
+    np.testing.assert_allclose(
+        gaussian.whiten @ gaussian.whiten.T,
+        np.linalg.pinv(np.cov(x.numpy().T, bias=True)), rtol=1e-9, atol=1e-12,
+    )
+
+
+# --- singular, dead, alone ------------------------------------------------------------------------
+
+
+def test_fewer_rows_than_dimensions_measure_distance_in_the_span_of_the_rows():
+    train = rows(10, 30, dtype=np.float64)
+    gaussian = Gaussian.fit(torch.from_numpy(train))
+    assert gaussian.rank == 9  # centring takes one
+    scores = gaussian.score(torch.from_numpy(train)).numpy()
+    np.testing.assert_allclose(scores, 9, rtol=1e-9)  # n points in n - 1 directions lie alike
+    # A step out of the span does not count.
+    span = train - train.mean(axis=0)
+    step = np.random.default_rng(5).normal(size=30)
+    step -= np.linalg.pinv(span) @ (span @ step)
+    np.testing.assert_allclose(gaussian.score(torch.from_numpy(train + step)), scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fit", [SSD.fit, SSDk.fit])
+def test_a_coordinate_that_is_constant_in_training_counts_in_no_set(fit):
+    # Unit length first: a coordinate stays constant only if it is 0, as a dead ReLU's is.
+    train, test = rows(80, 6), rows(20, 6, seed=1)
+    dead_train = np.insert(train, 3, 0, axis=1)
+    dead_test = np.insert(test, 3, 0, axis=1)
+
+    def score(train, test):
+        detector = fit(train)
+        known = (detector.know(train[:20] * 2 + 1),) if fit == SSDk.fit else ()
+        return detector.score(test, *known)
+
+    awake = dead_test.copy()
+    awake[:, 3] = 1e-4
+    assert np.isfinite(score(dead_train, awake)).all()
+    if fit == SSD.fit:  # Ledoit and Wolf shrink towards a target that depends on the dimension
+        np.testing.assert_allclose(score(dead_train, dead_test), score(train, test), rtol=1e-6)
+        asleep = score(dead_train, dead_test)
+        np.testing.assert_allclose(score(dead_train, awake), asleep, rtol=1e-2)
+
+
+def test_a_cluster_of_one_image_is_left_out_of_the_minimum():
+    train, test = rows(61, 5), rows(10, 5, seed=1)
+    labels = np.array([0] * 60 + [1])
+    detector = SSD.fit(train, 2, labels)
+    assert (len(detector.gaussians), detector.left_out) == (1, 1)
+    scores = detector.score(test)
+    assert np.isfinite(scores).all()
+    assert scores.min() > 0
+
+
+def test_features_that_are_all_equal_are_refused():
+    with pytest.raises(FeatureError, match="all equal"):
+        SSD.fit(np.ones((10, 4), np.float32))
+
+
+def test_a_single_known_outlier_gives_finite_scores():
+    detector = SSDk.fit(rows(50, 5))
+    known = detector.know(rows(1, 5, seed=3))
+    assert np.isfinite(detector.score(rows(9, 5, seed=1), known)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite_are_refused_and_counted(bad):
+    train, test = rows(30, 4), rows(10, 4, seed=1)
+    broken = train.copy()
+    broken[[3, 7], 1] = bad
+    with pytest.raises(FeatureError, match="training features are not finite in 2 of 30 rows"):
+        SSD.fit(broken)
+    test[2] = bad
+    with pytest.raises(FeatureError, match="cats are not finite in 1 of 10 rows"):
+        SSD.fit(train).score(test, "cats")
+
+
+def test_features_of_another_width_are_refused():
+    with pytest.raises(FeatureError, match="5 dimensions, the training ones 4"):
+        SSD.fit(rows(30, 4)).score(rows(5, 5))
+
+
+def test_more_clusters_than_rows_are_refused():
+    with pytest.raises(FeatureError, match="7 clusters are more than the 6"):
+        SSD.fit(rows(6, 3), clusters=7)
+
+
+# --- clusters -------------------------------------------------------------------------------------
+
+
+def test_kmeans_finds_clusters_that_lie_apart():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 400)  # two: k-means of more may end in a local optimum
+    x = torch.from_numpy((np.eye(4)[truth] * 20 + rng.normal(size=(400, 4))).astype(np.float32))
+    found = detection.kmeans(x, 2, seed=1)
+    pairs = {(int(a), int(b)) for a, b in zip(truth, found, strict=True)}
+    assert len(pairs) == 2  # one found cluster for each true one
+
+
+def test_kmeans_is_a_function_of_the_seed():
+    x = torch.from_numpy(rows(500, 6))
+    first, again, other = (detection.kmeans(x, 5, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_kmeans_assigns_each_row_to_its_nearest_centre():
+    x = torch.from_numpy(rows(300, 4))
+    found = detection.kmeans(x, 3, seed=0)
+    centres = torch.stack([x[found == c].mean(dim=0) for c in range(3)])
+    nearest = torch.cdist(x, centres).argmin(dim=1)
+    assert (nearest == found).float().mean() > 0.99  # 100 iterations have settled
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def test_arguments_are_never_written_to():
+    train, test = rows(60, 5), rows(10, 5, seed=1)
+    labels = np.arange(60) % 2
+    before = train.copy(), test.copy(), labels.copy()
+    SSD.fit(train, 2, labels).score(test)
+    SSD.fit(train, 2).score(test)
+    detector = SSDk.fit(train)
+    detector.score(test, detector.know(test))
+    scores = np.arange(5.0), np.arange(3.0)
+    detection.metrics(*scores)
+    assert all((a == b).all() for a, b in zip(before, (train, test, labels), strict=True))
+    assert (scores[0] == np.arange(5)).all()
+
+
+def test_standardised_training_features_have_mean_0_and_deviation_1():
+    train = rows(200, 7)
+    x = Standardizer.fit(train)(train)
+    assert x.dtype == torch.float32
+    np.testing.assert_allclose(x.mean(dim=0), 0, atol=1e-6)
+    np.testing.assert_allclose(x.std(dim=0, correction=0), 1, rtol=1e-6)
+
+
+def test_ssdk_lowers_the_score_near_the_inliers_and_raises_it_near_the_known_outliers():
+    rng = np.random.default_rng(0)
+
+    def around(centre, n):
+        return (np.array(centre) + 0.1 * rng.normal(size=(n, 3))).astype(np.float32)
+
+    detector = SSDk.fit(around([1, 0, 0], 200))
+    known = detector.know(around([0, 1, 0], 30))
+    inside, outside = around([1, 0, 0], 50), around([0, 1, 0], 50)
+    assert detector.score(inside, known).max() < detector.score(outside, known).min()
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def test_scores_that_separate_perfectly_have_perfect_metrics():
+    measured = detection.metrics(np.arange(100), np.arange(200, 260))
+    assert measured["fpr95"] == measured["fpr95_ood_positive"] == 0
+    assert measured["auroc"] == 1
+    assert measured["aupr"] == pytest.approx(1)
+    assert measured["aupr_in"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_is_the_share_of_pairs_in_the_right_order(seed):
+    rng = np.random.default_rng(seed)
+    inside, outside = rng.integers(0, 9, 60), rng.integers(3, 12, 45)  # with ties
+    pairs = [(o > i) + 0.5 * (o == i) for o in outside for i in inside]
+    assert detection.metrics(inside, outside)["auroc"] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 3), (20, 20), (100, 40), (333, 1000)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_both_fpr95_follow_their_definitions(sizes, ties):
+    rng = np.random.default_rng(sum(sizes))
+    inside, outside = rng.normal(0, 1, sizes[0]), rng.normal(1, 1, sizes[1])
+    if ties:
+        inside, outside = inside.round(), outside.round()
+    measured = detection.metrics(inside, outside)
+    limit = np.percentile(inside, 95)
+    assert measured["fpr95"] == sum(o < limit for o in outside) / len(outside)
+    truth = np.r_[np.zeros(len(inside)), np.ones(len(outside))]
+    false, true, _ = roc_curve(truth, np.r_[inside, outside], drop_intermediate=False)
+    assert measured["fpr95_ood_positive"] == pytest.approx(false[np.argmax(true >= 0.95)])
+
+
+def test_aupr_of_the_inliers_is_that_of_the_mirrored_problem():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(0, 1, 80), rng.normal(1, 1, 50)
+    assert detection.metrics(inside, outside)["aupr_in"] == pytest.approx(
+        detection.metrics(-outside, -inside)["aupr"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "words"),
+    [
+        ([], [1.0], "in-distribution scores must be"),
+        ([1.0], [], "outlier scores must be"),
+        ([1.0, np.nan], [1.0], "1 in-distribution scores are not finite"),
+        ([1.0], [[1.0]], r"outlier scores must be \[N >= 1\], not \[1, 1\]"),
+    ],
+)
+def test_scores_that_no_metric_can_be_of_are_refused(inside, outside, words):
+    with pytest.raises(ValueError, match=words):
+        detection.metrics(inside, outside)
+
+
+@pytest.mark.gpu
+def test_scores_on_the_gpu_are_those_of_the_cpu():
+    train, test = rows(300, 16), rows(50, 16, seed=1)
+    expected = SSD.fit(train, 3, np.arange(300) % 3).score(test)
+    detector = SSD.fit(torch.from_numpy(train).cuda(), 3, np.arange(300) % 3)
+    np.testing.assert_allclose(
+        detector.score(torch.from_numpy(test).cuda()), expected, rtol=1e-6
+    )

@@ -1,0 +1,192 @@
+"""Configuration, run folders, whole files, checkpoints of all dialects, generators."""
+
+import argparse
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+import models
+import utils
+
+
+def small_parser():
+    p = utils.Parser("a program")
+    p.add_argument("--epochs", type=utils.number(int, 1), default=500)
+    p.add_argument("--lr", type=utils.number(float, above=0), default=0.5)
+    p.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=False)
+    p.add_argument("--clusters", type=utils.number(int, 1), nargs="+", default=[1])
+    p.add_argument("--exp-name", default="temp")
+    p.add_argument("--ckpt", required=True)
+    return p
+
+
+def parse(tmp_path, text, *argv):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return utils.parse_args(small_parser(), ["--config", str(path), *argv])
+
+
+def test_a_file_replaces_defaults_and_the_command_line_wins(tmp_path):
+    text = "epochs: 20\nlr: 1e-3\nnormalize: true\nclusters: [1, 6]\nexp-name: a\nckpt: x.pt\n"
+    args = parse(tmp_path, text, "--lr", "0.25", "--no-normalize")
+    assert vars(args) == {
+        "config": str(tmp_path / "c.yaml"), "epochs": 20, "lr": 0.25, "normalize": False,
+        "clusters": [1, 6], "exp_name": "a", "ckpt": "x.pt",
+    }
+
+
+def test_keys_may_be_written_with_either_dash(tmp_path):
+    assert parse(tmp_path, "exp_name: b\nckpt: x").exp_name == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", ["unknown key 'epoch'", "clusters, epochs, exp-name, lr, normalize"]),
+        ("epochs: 3\nepochs: 4", ["key 'epochs' stands 2 times"]),
+        ("epochs: 1.5", ["epochs", "whole number"]),
+        ("epochs: yes", ["epochs", "True"]),
+        ("epochs: 0", ["epochs", "at least 1"]),
+        ("epochs: [1, 2]", ["epochs", "not a list"]),
+        ("epochs:", ["epochs", "None"]),
+        ("normalize: 1", ["normalize", "true or false"]),
+        ("clusters: []", ["clusters", "at least one"]),
+        ("clusters: [1, x]", ["clusters", "'x'"]),
+        ("exp-name: 3", ["exp-name", "text"]),
+        ("- epochs", ["'flag: value' lines"]),
+        ("a: b: c", ["not YAML"]),
+    ],
+)
+def test_a_file_that_can_not_be_used_ends_with_one_line(tmp_path, capsys, text, words):
+    with pytest.raises(SystemExit) as stop:
+        parse(tmp_path, text, "--ckpt", "x")
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert all(w in line for w in words), line
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"), [("0-4", (0, 1, 2, 3, 4)), ("0,3,7", (0, 3, 7)), ("8,0-2", (0, 1, 2, 8))]
+)
+def test_class_lists(text, classes):
+    assert utils.class_list(text) == classes
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-", "5-2", "1,1", "0-3,2", "-1"])
+def test_class_lists_that_mean_nothing_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        utils.class_list(text)
+
+
+def test_generators_are_functions_of_their_key():
+    def draw(*key):
+        return torch.rand(3, generator=utils.generator(*key)).tolist()
+
+    keys = [(0, "order", 1), (0, "order", 2), (1, "order", 1), (0, "weights", 1), (0, 1, "order")]
+    assert draw(0, "order", 1) == draw(0, "order", 1)
+    assert len({tuple(draw(*k)) for k in keys}) == len(keys)
+
+
+def test_runs_are_numbered_and_latest_exp_points_to_the_last(tmp_path):
+    first = utils.claim_run_folder(tmp_path / "a/b", "exp", "x")
+    second = utils.claim_run_folder(tmp_path / "a/b", "exp", "y")
+    assert (first.name, second.name) == ("1--x", "2--y")
+    latest = tmp_path / "a/b/exp/latest_exp"
+    assert latest.is_symlink()
+    assert os.readlink(latest) == "2--y"
+    (tmp_path / "a/b/exp/7--of-the-original").mkdir()
+    assert utils.claim_run_folder(tmp_path / "a/b", "exp", "z").name == "8--z"
+    assert (latest / "checkpoint").is_dir()
+
+
+def test_two_programs_never_get_the_same_run_folder(tmp_path):
+    got = []
+
+    def claim():
+        got.append(utils.claim_run_folder(tmp_path, "exp", "x"))
+
+    threads = [threading.Thread(target=claim) for _ in range(16)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len({g.name for g in got}) == 16
+
+
+def test_a_file_that_fails_halfway_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), utils.whole_file(path, "w", encoding="ascii") as file:
+        file.write("half of the new o" * 1000 + "\N{SNOWMAN}")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with utils.whole_file(path, "w") as file:
+        file.write("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def network_state(mode="SimCLR"):
+    network = models.build_model("resnet18", mode, 10, torch.Generator().manual_seed(0))
+    return network.state_dict()
+
+
+def prefixed(state, form):
+    if form == "DataParallel":  # SupContrast wraps the encoder alone
+        return {k.replace("encoder.", "encoder.module."): v for k, v in state.items()}
+    if form == "DDP":
+        return {f"module.{k}": v for k, v in state.items()}
+    return state
+
+
+def in_dialect(state, dialect):
+    if dialect == "original":
+        return {"epoch": 3, "arch": "resnet18", "state_dict": state, "best_prec1": 0.5,
+                "optimizer": {"state": {}, "param_groups": []}}
+    if dialect == "SupContrast":
+        opt = argparse.Namespace(batch_size=900, temp=0.5, cosine=True, model="resnet18")
+        return {"opt": opt, "model": state, "optimizer": {}, "epoch": 500}
+    return state
+
+
+@pytest.mark.parametrize("mode", ["SimCLR", "SupCE"])
+@pytest.mark.parametrize("form", ["plain", "DataParallel", "DDP"])
+@pytest.mark.parametrize("dialect", ["original", "SupContrast", "bare"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_every_dialect_and_form_of_keys_gives_the_same_weights(
+    tmp_path, mode, form, dialect, legacy
+):
+    state = network_state(mode)
+    path = tmp_path / "x.pth"
+    torch.save(in_dialect(prefixed(state, form), dialect), path,
+               _use_new_zipfile_serialization=not legacy)
+    loaded, rest = utils.load_checkpoint(path)
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[k], state[k]) for k in state)
+    assert ("epoch" in rest) == (dialect != "bare")
+    models.restore(models.build_model("resnet18", mode, 10), loaded)
+
+
+def test_what_is_saved_loads_without_running_code(tmp_path):
+    path = tmp_path / "x.pth.tar"
+    config = utils.plain({"in_classes": (0, 1), "lr": 0.5, "size": 8, "ckpt": None})
+    utils.save_checkpoint(path, {"state_dict": network_state(), "epoch": 1, "config": config})
+    content = torch.load(path, weights_only=True)
+    assert content["config"] == {"in_classes": [0, 1], "lr": 0.5, "size": 8, "ckpt": None}
+    json.dumps(content["config"])
+
+
+def test_checkpoints_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        utils.save_checkpoint(tmp_path / "x", {"a": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640

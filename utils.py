@@ -1,0 +1,452 @@
+"""Configuration, run folders, checkpoints, seeds, devices, logs: what the programs share.
+
+Nothing here knows the method. Errors: UserError is bad input (exit status 2), RunError a failure
+while running (1); either is one line on stderr (`program`).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """Bad input: the message names the flag or file, what was found, and what is allowed."""
+
+
+class RunError(Exception):
+    """A failure while running, in one line."""
+
+
+def program(main, bad_input=()):
+    """Run a script's main; end on its errors with one line on stderr and the right exit status.
+
+    Args:
+        main: function without arguments.
+        bad_input: types of exceptions that mean the same as UserError.
+
+    Exit status: 2 bad input, 1 a failure while running, 130 interrupted; an error that nobody
+    foresaw keeps its traceback.
+    """
+    try:
+        main()
+    except (UserError, *bad_input) as error:
+        _die(error, 2)
+    except (RunError, OSError) as error:
+        _die(error, 1)
+    except torch.cuda.OutOfMemoryError as error:
+        _die(f"out of GPU memory: {str(error).splitlines()[0]} A smaller --batch-size helps.", 1)
+    except KeyboardInterrupt:
+        _die("interrupted", 130)
+
+
+def _die(message, status):
+    text = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def note(text):
+    """Say one line on stderr that is no error."""
+    print(f"{Path(sys.argv[0]).name}: note: {text}", file=sys.stderr, flush=True)
+
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with --config, whose errors are one line."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=_HelpFormatter
+        )
+        self.add_argument(
+            "--config", metavar="FILE.yaml", help="defaults for these flags; the command line wins"
+        )
+
+    def error(self, message):
+        _die(message, 2)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=100)
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "(default" not in text
+        return f"{text} (default: %(default)s)" if shown and action.option_strings else text
+
+
+def parse_args(parser, argv=None):
+    """Parse a command line whose defaults a YAML file may replace.
+
+    Args:
+        parser: a Parser. argv: list of str; None is sys.argv[1:].
+
+    Returns:
+        argparse.Namespace. A key of the file is a flag's name, with - or _.
+
+    Raises:
+        SystemExit: status 2, after one line that names the key or flag and what is allowed.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.error = parser.error
+    path = first.parse_known_args(argv)[0].config
+    if path is not None and not {"-h", "--help"} & set(argv):
+        try:
+            _use_as_defaults(parser, path)
+        except UserError as error:
+            parser.error(error)
+    return parser.parse_args(argv)
+
+
+def _use_as_defaults(parser, path):
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    content = _read_yaml(path)
+    for key, value in content.items():
+        other = str(key).replace("_", "-")
+        if other != key and other in content:
+            raise UserError(f"{path}: '{key}' and '{other}' are the same key")
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            known = ", ".join(sorted(d.replace("_", "-") for d in actions))
+            raise UserError(f"{path}: unknown key '{key}'; known are {known}")
+        try:
+            action.default = _convert(action, value)
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: {key}: {value!r} does not do: {error}") from None
+        action.required = False
+
+
+def _convert(action, value):
+    """A YAML value -> what argparse would have made of it on the command line."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError("true or false is needed")
+        return value
+    if isinstance(value, list) != (action.nargs in ("+", "*")):
+        if isinstance(value, list):
+            raise ValueError("one value is needed, not a list")
+        value = [value]
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("at least one value is needed")
+        return [_convert_one(action, v) for v in value]
+    return _convert_one(action, value)
+
+
+def _convert_one(action, value):
+    if value is None or isinstance(value, (bool, dict, list)):
+        raise ValueError(f"{_metavar(action)} is needed")
+    if action.type in (None, str) and not isinstance(value, str):
+        raise ValueError("text is needed (quote it)")
+    value = action.type(str(value)) if action.type else value
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _metavar(action):
+    return action.metavar or (action.choices and "one of its choices") or "a value"
+
+
+def _read_yaml(path):
+    """A YAML file -> dict; a key that stands twice is an error, which PyYAML lets pass."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader, node):
+        keys = [loader.construct_object(k) for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{path}: key '{key}' stands {keys.count(key)} times")
+        return yaml.SafeLoader.construct_mapping(loader, node)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: 'flag: value' lines are needed, found {content!r:.60}")
+    return content
+
+
+def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+    """Make an argparse type: an int or float within bounds.
+
+    Args:
+        kind: int or float. low, high: allowed bounds. above, below: bounds not allowed themselves.
+    """
+    limits = [f"at least {low}"] if low != -math.inf else []
+    limits += [f"at most {high}"] if high != math.inf else []
+    limits += [f"above {above}"] if above is not None else []
+    limits += [f"below {below}"] if below is not None else []
+    wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(limits)}".strip()
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}") from None
+        inside = low <= value <= high and (above is None or value > above)
+        if not inside or (below is not None and value >= below) or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return convert
+
+
+def class_list(text):
+    """An argparse type: "0-5" or "0,3,7" or both mixed -> sorted tuple of ints."""
+    chosen = []
+    try:
+        for part in text.split(","):
+            low, dash, high = part.partition("-")
+            chosen += range(int(low), int(high) + 1) if dash else [int(low)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form 0-5 or 0,3,7") from None
+    if not chosen or len(set(chosen)) < len(chosen) or min(chosen) < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' names no class, or one of them twice")
+    return tuple(sorted(chosen))
+
+
+def plain(config):
+    """Return a configuration dict with tuples and paths made lists and text, for JSON and torch."""
+    kinds = {tuple: list}
+    return {
+        k: kinds.get(type(v), str if isinstance(v, Path) else lambda x: x)(v)
+        for k, v in config.items()
+    }
+
+
+# --- randomness, devices, versions ----------------------------------------------------------------
+
+
+def generator(seed, *key):
+    """Make a generator whose draws are a function of its arguments alone.
+
+    Args:
+        seed: int >= 0. key: ints >= 0 or words that say what the draws are for.
+
+    Returns:
+        torch.Generator on the CPU: draws are the same whatever device computes.
+    """
+    words = [seed]
+    for part in key:
+        words += part.encode() if isinstance(part, str) else [part]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def device():
+    """Return the device to compute on: the first visible GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def versions():
+    """Return what a record should say of the machine: a dict of short texts."""
+    import sklearn
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def file_hash(path, algorithm="sha256"):
+    """Return the hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        digest = hashlib.new(algorithm, usedforsecurity=False)
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def make_folder(path, flag):
+    """Make a folder with its parents and see that it can be written to.
+
+    Raises:
+        UserError: names `flag` and the reason.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="wb", **kwargs):
+    """Open a file that appears under its name only once it is whole and on the disk.
+
+    Written to a temporary file beside its place, flushed, synced, renamed; on an error the
+    temporary file goes and what stood there before stays.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def claim_run_folder(results_dir, exp_name, label):
+    """Make the next run folder RESULTS/EXP/N--label and point RESULTS/EXP/latest_exp at it.
+
+    Returns:
+        Path of the folder, which did not exist before: two programs never get the same one.
+
+    Raises:
+        UserError: the place can't be written to.
+    """
+    home = Path(results_dir) / exp_name
+    make_folder(home, "--results-dir")
+    taken = [int(n) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
+    run = max(taken, default=0) + 1
+    while True:
+        folder = home / f"{run}--{label}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another program was faster
+            run += 1
+    (folder / "checkpoint").mkdir()
+    latest, pointer = home / "latest_exp", home / f".latest_exp.{os.getpid()}"
+    try:
+        pointer.symlink_to(folder.name)
+        os.replace(pointer, latest)
+    except OSError as error:  # a real folder of the original's stands there, or no symbolic links
+        pointer.unlink(missing_ok=True)
+        note(f"{latest} was not updated: {error.strerror}")
+    return folder
+
+
+class Log:
+    """Two logs of a run: readable lines and JSON records, each line written whole at once.
+
+    Args:
+        text: path of the readable log, also shown on stdout. records: path of the JSON lines.
+    """
+
+    def __init__(self, text, records):
+        self._records = Path(records)
+        self._text = logging.getLogger(str(text))
+        self._text.propagate = False
+        self._text.setLevel(logging.INFO)
+        for handler in (logging.FileHandler(text, encoding="utf-8"),
+                        logging.StreamHandler(sys.stdout)):
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            self._text.addHandler(handler)
+
+    def line(self, text):
+        """Write one readable line."""
+        self._text.info(text)
+
+    def record(self, **fields):
+        """Write one JSON line."""
+        with self._records.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint so that no reader ever finds half of one.
+
+    Args:
+        path: where. state: tensors and plain types only, which `weights_only=True` can load.
+    """
+    with whole_file(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of any dialect without running code from it.
+
+    Args:
+        path: the original's ("state_dict"), SupContrast's ("model"), or a bare state dict; keys
+            with or without the "module." of DataParallel and DDP.
+
+    Returns:
+        (state, rest): {name: tensor} on the CPU with the prefixes gone, and the other entries of
+        the file ({} for a bare state dict); rest["config"] is there in our own checkpoints only.
+
+    Raises:
+        UserError: missing, empty, truncated or foreign file, code in it, or weights not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--ckpt {path}: no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"--ckpt {path} is empty")
+    try:
+        torch.serialization.add_safe_globals([argparse.Namespace])  # SupContrast's `opt`
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's message is a page long; the one thing to know in it is the refused name
+        words = str(error).replace("`", " ").split()
+        refused = [w for before, w in itertools.pairwise(words) if before == "GLOBAL"]
+        if refused:
+            raise UserError(f"--ckpt {path} holds more than tensors and plain types "
+                            f"({refused[0]}) and was not loaded: it could run code") from None
+        raise UserError(f"--ckpt {path} is not a torch checkpoint, or damaged") from None
+    except Exception:  # truncated zip archives, foreign bytes: torch raises many types for them
+        raise UserError(f"--ckpt {path} is not a torch checkpoint, or damaged") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"--ckpt {path} holds no weights: found {type(content).__name__}")
+    key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), dict)), None)
+    state = content[key] if key else content
+    rest = {k: v for k, v in content.items() if k != key} if key else {}
+    named = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    if not state or not named:
+        raise UserError(f"--ckpt {path} holds no weights: no 'state_dict', no 'model', and not "
+                        "a state dict itself")
+    wrappers = ("module", "_orig_mod")  # DataParallel and DDP; torch.compile
+    state = {".".join(p for p in k.split(".") if p not in wrappers): v for k, v in state.items()}
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"--ckpt {path}: {name} is not finite")
+    return state, rest

@@ -1,0 +1,330 @@
+"""What the two evaluations share: flags, the trained network, the image sets, the reports.
+
+eval_ssd.py and eval_ssdk.py differ in how they score; how a checkpoint becomes a network, which
+images are looked at and how results are written is the same, and stands here.
+"""
+
+import argparse
+import csv
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import detection
+import models
+import utils
+from utils import UserError, number
+
+MODES = ("SimCLR", "SupCon", "SupCE")
+DEFAULT_OOD = ("cifar10", "cifar100", "svhn", "texture", "blobs")
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def add_arguments(p):
+    """Add the flags of both evaluations to a utils.Parser, grouped."""
+    group = p.add_argument_group("run")
+    group.add_argument("--exp-name", default="temp_eval_ssd", help="name of the result files")
+    group.add_argument("--results-dir", default="./eval_results", help="where results are written")
+    group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,
+                       help="of k-means, noise sets, known outliers and augmentation")
+    group.add_argument("--scores", metavar="FILE.csv", help="write the score of every image")
+    group.add_argument("--plot", action="store_true",
+                       help="draw score histograms and ROC curves beside the results")
+    group.add_argument("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
+
+    group = p.add_argument_group(
+        "network", "what a checkpoint of train.py knows of itself need not be said here")
+    group.add_argument("--ckpt", required=True, metavar="FILE", help="the trained network")
+    group.add_argument("--training-mode", choices=MODES,
+                       help="how it was trained (default: the checkpoint's)")
+    group.add_argument("--arch", choices=list(models.ARCHITECTURES),
+                       help="default: the checkpoint's, else resnet50")
+    group.add_argument("--classes", type=number(int, 1),
+                       help="outputs of a SupCE classifier (default: the checkpoint's)")
+
+    group = p.add_argument_group("images")
+    group.add_argument("--dataset", metavar="SET",
+                       help=f"in-distribution: {', '.join(data.TRAINABLE)}; folder:PATH and "
+                       "npz:PATH say where (default: the checkpoint's, else cifar10)")
+    group.add_argument("--data-dir",
+                       help="where image sets are and are downloaded to; for folder and npz "
+                       "without PATH, their place (default: the checkpoint's, else ./datasets)")
+    group.add_argument("--no-download", action="store_true", help="never fetch a missing set")
+    group.add_argument("--in-classes", type=utils.class_list, metavar="LIST",
+                       help="in-distribution classes, as 0-5 or 0,3,7 (default: the checkpoint's)")
+    group.add_argument("--ood", nargs="+", metavar="SET",
+                       help=f"outlier sets: {', '.join(data.SETS)}, folder:PATH, npz:PATH, and "
+                       "rest (the classes that --in-classes leaves out) (default: "
+                       f"{' '.join(DEFAULT_OOD)}, less the in-distribution set)")
+    group.add_argument("--size", type=number(int, 8),
+                       help="side of images in pixels (default: the checkpoint's, else 32)")
+    group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None,
+                       help="normalise colours with the in-distribution set's constants (default: "
+                       "the checkpoint's, else off)")
+    group.add_argument("--data-mode", choices=["org", "base", "ssl"], default="base",
+                       help="augmentation of the images whose features are taken; base has none")
+    group.add_argument("--batch-size", type=number(int, 1), default=256, help="images a pass")
+
+
+# --- the trained network --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network as it was trained, and what it was trained on.
+
+    Attributes:
+        encoder: module on the device, [B, 3, S, S] -> [B, D].
+        training_mode, arch, dataset, data_dir, in_classes, size, normalize: as resolved from the
+            flags and the checkpoint; in_classes is a tuple or None.
+        constants: (mean, std) that a checkpoint of ours holds, else None.
+        path: of the checkpoint. sha256: hex digest of the file.
+    """
+
+    encoder: torch.nn.Module
+    training_mode: str
+    arch: str
+    dataset: str
+    data_dir: str
+    in_classes: tuple | None
+    size: int
+    normalize: bool
+    constants: tuple | None
+    path: str
+    sha256: str
+
+
+FOREIGN = {"training_mode": None, "arch": "resnet50", "dataset": "cifar10",
+           "data_dir": "./datasets", "in_classes": None, "size": 32, "normalize": False}
+
+
+def restore(path, device, *, classes=None, **given):
+    """Load a checkpoint into the network that it was saved from.
+
+    Args:
+        path: the checkpoint, of any dialect. device: where the network goes.
+        classes: outputs of a SupCE classifier, None for the checkpoint's.
+        given: training_mode, arch, dataset, data_dir, in_classes, size, normalize; None where the
+            user said nothing. A checkpoint of ours fills these in; a foreign one gets FOREIGN.
+
+    Returns:
+        Trained.
+
+    Raises:
+        UserError: a flag that contradicts the checkpoint, a network that does not fit it.
+    """
+    state, rest = utils.load_checkpoint(path)
+    known = rest.get("config") if isinstance(rest.get("config"), dict) else {}
+    if not known and rest.get("arch") in models.ARCHITECTURES:
+        known = {"arch": rest["arch"]}  # all that the original's own checkpoints say
+    for key, allowed in (("arch", models.ARCHITECTURES), ("training_mode", MODES)):
+        if key in known and known[key] not in allowed:
+            raise UserError(f"--ckpt {path} was trained with --{key.replace('_', '-')} "
+                            f"{known[key]}; known are {', '.join(allowed)}")
+    if known.get("training_mode") == "SupCE":
+        _agree(path, "classes", classes, known.get("num_classes", classes))
+    settings = {}
+    for key, foreign in FOREIGN.items():
+        value = known.get(key, foreign)
+        value = tuple(value) if isinstance(value, list) else value
+        if key in known and key != "data_dir":
+            _agree(path, key, given[key], value)
+        settings[key] = value if given[key] is None else given[key]
+    if settings["training_mode"] is None:
+        raise UserError(f"--training-mode is needed: the checkpoint {path} does not say how it was "
+                        "trained (SimCLR, SupCon or SupCE)")
+    head = state.get("head.weight")
+    classes = classes or (len(head) if head is not None and head.dim() == 2 else 10)
+    network = models.build_model(settings["arch"], settings["training_mode"], classes)
+    try:
+        models.restore(network, state)
+    except ValueError as error:
+        raise UserError(f"--ckpt {path} does not fit --arch {settings['arch']} --training-mode "
+                        f"{settings['training_mode']} --classes {classes}: {error}") from None
+    constants = (known["mean"], known["std"]) if known.get("mean") else None
+    return Trained(network.encoder.to(device), constants=constants, path=str(path),
+                   sha256=utils.file_hash(path), **settings)
+
+
+def _agree(path, key, given, trained):
+    """Stop if a flag contradicts the checkpoint; a set may have moved, so its name alone counts."""
+    one, other = given, trained
+    if key == "dataset" and given is not None:
+        one, other = (str(spec).partition(":")[0] for spec in (given, trained))
+    if given is not None and one != other:
+        flag = f"--{key.replace('_', '-')}"
+        raise UserError(f"{flag} {_shown(given)} contradicts the checkpoint {path}, which was "
+                        f"trained with {flag} {_shown(trained)}")
+
+
+def _shown(value):
+    if value is None or isinstance(value, bool):
+        return "on" if value else "off" if value is False else "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+# --- the image sets -------------------------------------------------------------------------------
+
+
+def load_images(trained, ood, *, seed, download):
+    """Read all image sets of an evaluation, so that none is found missing after an hour.
+
+    Args:
+        trained: Trained. ood: names of outlier sets, None for the default ones.
+        seed: of the noise sets. download: whether missing sets may be fetched.
+
+    Returns:
+        (train, test, list of outlier sets): data.ImageSet each.
+
+    Raises:
+        UserError: a set that is unknown, missing, named twice, or the in-distribution one.
+    """
+    name, path = data.parse_spec(trained.dataset)
+    ood = [o for o in DEFAULT_OOD if o != name] if ood is None else ood
+    where = dict(data_dir=trained.data_dir, size=trained.size, seed=seed, download=download)
+    inside = path or (Path(trained.data_dir) if name in ("folder", "npz") else None)
+    for i, spec in enumerate(ood):
+        if spec in ood[:i]:
+            raise UserError(f"--ood names {spec} twice")
+        if spec == "rest":
+            if not trained.in_classes:
+                raise UserError("--ood rest is what --in-classes leaves out; that was not given")
+            continue
+        other, place = data.parse_spec(spec)
+        place = place or (Path(trained.data_dir) if other in ("folder", "npz") else None)
+        same_place = not inside or not place or inside.resolve() == place.resolve()
+        if other == name and same_place:
+            raise UserError(f"--ood {spec} is the in-distribution set itself; a set can't be its "
+                            "own outlier (for classes of it: --in-classes and --ood rest)")
+    train = data.load(trained.dataset, "train", **where)
+    test = whole = data.load(trained.dataset, "test", **where)
+    if trained.in_classes:
+        train, test = (data.restrict(s, trained.in_classes) for s in (train, test))
+    outliers = []
+    for spec in ood:
+        if spec == "rest":
+            left = [c for c in range(len(whole.class_names)) if c not in trained.in_classes]
+            if not left:
+                raise UserError(f"--ood rest: --in-classes leaves no class of {name} out")
+            outliers.append(data.rename(data.restrict(whole, left), "rest"))
+        else:
+            outliers.append(data.load(spec, "test", **where))
+    return train, test, outliers
+
+
+def extraction(trained, train, *, batch_size, seed):
+    """Return the keyword arguments of features.extract that all sets of an evaluation share.
+
+    Args:
+        trained: Trained. train: its training ImageSet, measured where constants are wanted that
+            neither the checkpoint nor the table has.
+    """
+    mean = std = None
+    if trained.normalize:
+        mean, std = trained.constants or data.normalisation(trained.dataset, train)
+    return dict(size=trained.size, batch_size=batch_size, mean=mean, std=std, seed=seed)
+
+
+def facts_of(trained, **more):
+    """Return what every record says of its network, settings and machine."""
+    return {
+        "checkpoint": trained.path, "sha256": trained.sha256, "arch": trained.arch,
+        "training_mode": trained.training_mode, "size": trained.size,
+        "normalize": trained.normalize,
+        "in_classes": trained.in_classes and list(trained.in_classes),
+        **more, "versions": utils.versions(),
+    }
+
+
+# --- the reports ----------------------------------------------------------------------------------
+
+
+class Report:
+    """Write results as they come: lines, JSON records; scores and plots at the end.
+
+    Args:
+        results_dir, exp_name: RESULTS/EXP_<kind>.txt and .jsonl are appended to.
+        kind: "ssd" or "ssdk".
+        common: dict that stands in every record.
+        scores: path of the CSV of all scores, or None.
+        plot: whether to draw.
+
+    Raises:
+        UserError: a place that can't be written to.
+    """
+
+    def __init__(self, results_dir, exp_name, kind, *, common, scores=None, plot=False):
+        self.base = Path(results_dir) / f"{exp_name}_{kind}"
+        utils.make_folder(self.base.parent, "--results-dir")
+        if scores is not None:
+            if Path(scores).is_dir():
+                raise UserError(f"--scores {scores} is a folder; the name of a file is needed")
+            utils.make_folder(Path(scores).parent, "--scores")
+        self._scores, self._plot, self._common = scores, plot, common
+        self._rows, self._panels = [], {}
+        self.written = [f"{self.base}.txt", f"{self.base}.jsonl"]
+
+    def add(
+        self, test, test_scores, ood, ood_scores, *, clusters, panel, against="", **fields
+    ):
+        """Measure one pair of sets and write its line and record.
+
+        Args:
+            test, ood: data.ImageSet. test_scores, ood_scores: float64 [N], [M].
+            clusters: m. panel: title of the plot that the pair belongs to.
+            against: the outlier set on which the scores rest, where they do (SSDk).
+            fields: more for the record.
+
+        Returns:
+            dict of metrics.
+        """
+        measured = detection.metrics(test_scores, ood_scores)
+        line = (f"In-data = {test.name}, OOD = {ood.name}, Clusters = {clusters}, "
+                f"FPR95 = {measured['fpr95']}, AUROC = {measured['auroc']}, "
+                f"AUPR = {measured['aupr']}")
+        record = {"in": test.name, "ood": ood.name, "clusters": clusters, **measured,
+                  "n_in": len(test), "n_ood": len(ood), **fields, **self._common,
+                  "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        for suffix, text in ((".txt", line), (".jsonl", json.dumps(record))):
+            with open(f"{self.base}{suffix}", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        print(line, flush=True)
+        _, _, shown = self._panels.setdefault(panel, (panel, test.name, {}))
+        for images, values in ((test, test_scores), (ood, ood_scores)):
+            if self._scores is not None and images.name not in shown:
+                self._rows += _score_rows(images, values, clusters, against)
+            shown[images.name] = values
+        return measured
+
+    def close(self):
+        """Write the scores and draw the plots; print where everything lies."""
+        if self._scores is not None:
+            with utils.whole_file(self._scores, "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["set", "image", "label", "score", "clusters", "against"])
+                writer.writerows(self._rows)
+            self.written.append(str(self._scores))
+        if self._plot:
+            import figures
+
+            panels = list(self._panels.values())
+            figures.score_histograms(panels, f"{self.base}_histograms.png")
+            figures.roc_curves(panels, f"{self.base}_roc.png")
+            self.written += [f"{self.base}_histograms.png", f"{self.base}_roc.png"]
+        print(f"written: {' '.join(self.written)}")
+
+
+def _score_rows(images, scores, clusters, against):
+    """CSV rows of one set in data order; the label is the class's name, empty without classes."""
+    names = images.class_names
+    return [
+        (images.name, images.paths[i] if images.paths else i,
+         names[label] if names else "", repr(float(score)), clusters, against)
+        for i, (label, score) in enumerate(zip(images.labels.tolist(), scores, strict=True))
+    ]

@@ -1,0 +1,393 @@
+"""The programs as a user types them: what they print, write, and how the numbers come about."""
+
+import csv
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import detection
+import features
+import models
+import utils
+
+LINE = re.compile(
+    r"In-data = (\S+), OOD = (\S+), Clusters = (\d+), "
+    r"FPR95 = ([\d.e-]+), AUROC = ([\d.e-]+), AUPR = ([\d.e-]+)"
+)
+SMALL = ("--arch", "resnet18", "--size", 8, "--epochs", 2, "--batch-size", 16, "--lr", 0.05)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_of(folder):
+    return (folder / "results/temp/latest_exp").resolve()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["SimCLR", "SupCon", "SupCE"])
+def test_training_writes_the_folders_logs_and_checkpoints_of_the_original(
+    command, tmp_path, tiny_npz, mode
+):
+    done = command(
+        "train.py", "--training-mode", mode, "--dataset", "npz", "--data-dir", tiny_npz, *SMALL,
+        "--normalize", "--save-freq", 1, "--print-freq", 2, cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    run = run_of(tmp_path)
+    assert run.name == "1--dataset-npz-arch-resnet18-lr-0.05_epochs-2"
+    names = ["checkpoint", "checkpoint_1", "checkpoint_2", "model_best"]
+    files = sorted(f.name for f in (run / "checkpoint").iterdir())
+    assert files == [f"{n}.pth.tar" for n in names]
+
+    saved = torch.load(run / "checkpoint/checkpoint.pth.tar", weights_only=True)
+    assert {"epoch", "arch", "state_dict", "best_prec1", "optimizer", "config"} == set(saved)
+    assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
+    assert saved["config"]["training_mode"] == mode
+    assert all(k.startswith(("encoder.", "head.")) for k in saved["state_dict"])
+
+    log = records(run / "log.jsonl")
+    assert log[0]["event"] == "start"
+    assert log[0]["config"] == saved["config"]
+    steps = [r for r in log if r["event"] == "step"]
+    assert [(r["epoch"], r["step"]) for r in steps] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    epochs = [r for r in log if r["event"] == "epoch"]
+    assert [r["epoch"] for r in epochs] == [0, 1]
+    assert all(0 <= r["monitor"] <= 1 for r in epochs)
+    assert saved["best_prec1"] == epochs[-1]["best"] == max(r["monitor"] for r in epochs)
+    kind = "top-1" if mode == "SupCE" else "20-NN"
+    assert epochs[0]["monitor_name"] == f"{kind} accuracy on the test images"
+    best = torch.load(run / "checkpoint/model_best.pth.tar", weights_only=True)
+    assert epochs[best["epoch"] - 1]["monitor"] == max(r["monitor"] for r in epochs)
+
+    text = (run / "setup.log").read_text()
+    assert text.startswith("Namespace(")
+    assert f"Epoch 1, validation accuracy {epochs[1]['monitor']}, best_prec " in text
+    assert text in done.stdout
+
+
+def test_the_same_command_trains_to_the_same_weights_in_a_new_run_folder(
+    command, tmp_path, tiny_npz
+):
+    weights = []
+    for number in (1, 2):
+        done = command("train.py", "--dataset", f"npz:{tiny_npz}", *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert run_of(tmp_path).name.startswith(f"{number}--")
+        path = run_of(tmp_path) / "checkpoint/checkpoint.pth.tar"
+        weights.append(torch.load(path, weights_only=True)["state_dict"])
+    assert os.path.islink(tmp_path / "results/temp/latest_exp")
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_the_warm_up_comes_on_top_and_is_not_watched(command, tmp_path, tiny_npz):
+    done = command(
+        "train.py", "--dataset", f"npz:{tiny_npz}", *SMALL, "--epochs", 1, "--batch-size", 48,
+        "--warmup", cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    epochs = [r for r in records(run_of(tmp_path) / "log.jsonl") if r["event"] == "epoch"]
+    assert len(epochs) == 11
+    assert [r["monitor"] is None for r in epochs] == [True] * 10 + [False]
+    assert [round(r["momentum"], 6) for r in epochs[:2]] == [0.9, 0.89]
+    assert (epochs[0]["lr"], epochs[10]["lr"], epochs[10]["momentum"]) == (
+        0.01, 0.05, pytest.approx(0.8)
+    )
+    best = run_of(tmp_path) / "checkpoint/model_best.pth.tar"
+    assert torch.load(best, weights_only=True)["epoch"] == 11
+
+
+def test_images_without_classes_train_and_the_loss_chooses_the_best(command, tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 20), ("test", 6)):
+        (tmp_path / "good" / split).mkdir(parents=True)
+        for i in range(n):
+            image = Image.fromarray(rng.integers(0, 256, (12, 15, 3)).astype(np.uint8))
+            image.save(tmp_path / "good" / split / f"{i}.png")
+    done = command(
+        "train.py", "--dataset", "folder", "--data-dir", "good", *SMALL, "--normalize",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    epochs = [r for r in records(run_of(tmp_path) / "log.jsonl") if r["event"] == "epoch"]
+    assert [r["monitor"] for r in epochs] == [-r["loss"] for r in epochs]
+    assert "training loss" in epochs[0]["monitor_name"]
+
+    best = run_of(tmp_path) / "checkpoint/model_best.pth.tar"
+    done = command(
+        "eval_ssd.py", "--ckpt", best, "--ood", "folder:good/train", "--scores", "s.csv",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [r["image"] for r in rows[:6]] == [f"good/test/{i}.png" for i in range(6)]
+    assert {r["set"] for r in rows[6:]} == {"folder:good/train"}
+
+
+def test_a_checkpoint_starts_a_training_from_its_weights(command, tmp_path, tiny_npz, trained):
+    done = command(
+        "train.py", "--dataset", f"npz:{tiny_npz}", *SMALL, "--epochs", 1, "--lr", 1e-4,
+        "--ckpt", trained, "--normalize", cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = torch.load(run_of(tmp_path) / "checkpoint/checkpoint.pth.tar", weights_only=True)
+    before, _ = utils.load_checkpoint(trained)
+    name = "encoder.layer1.0.conv1.weight"
+    change = (ours["state_dict"][name] - before[name]).abs().max()
+    assert 0 < change < 1e-3  # fresh weights would differ by 0.1
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("train.py", ["--method", "x", "--gpu", "1"]), ("eval_ssd.py", ["--gpu", "0"]),
+     ("eval_ssdk.py", ["--gpu", "0"])],
+)
+def test_dead_flags_are_accepted_and_say_that_they_do_nothing(command, tmp_path, script, flags):
+    more = ["--dataset", "npz:none.npz"] if script == "train.py" else ["--ckpt", "none"]
+    done = command(script, *more, *flags, cwd=tmp_path)
+    for flag in flags[::2]:
+        assert f"{script}: note: {flag} does nothing" in done.stderr
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(command, trained, other_npz, tmp_path_factory):
+    """An evaluation with one and three clusters, scores and plots; (folder, stdout)."""
+    home = tmp_path_factory.mktemp("evaluated")
+    done = command(
+        "eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "digits",
+        "--clusters", 1, 3, "--scores", "out/s.csv", "--plot", "--exp-name", "e", cwd=home,
+    )
+    assert done.returncode == 0, done.stderr
+    return home, done.stdout
+
+
+def test_a_line_for_each_set_and_number_of_clusters_has_the_form_of_the_original(
+    evaluated, other_npz, tiny_npz
+):
+    home, stdout = evaluated
+    lines = (home / "eval_results/e_ssd.txt").read_text().splitlines()
+    assert "\n".join(lines) in stdout
+    parsed = [LINE.fullmatch(line) for line in lines]
+    assert all(parsed), lines
+    other = f"npz:{other_npz}"
+    assert [(m[2], m[3]) for m in parsed] == [
+        (other, "1"), (other, "3"), ("digits", "1"), ("digits", "3")
+    ]
+    assert {m[1] for m in parsed} == {f"npz:{tiny_npz}"}
+    for match, record in zip(parsed, records(home / "eval_results/e_ssd.jsonl"), strict=True):
+        shown = tuple(float(v) for v in match.groups()[3:])
+        assert shown == (record["fpr95"], record["auroc"], record["aupr"])
+
+
+def test_records_say_what_was_measured_on_what(evaluated, trained):
+    home, _ = evaluated
+    first = records(home / "eval_results/e_ssd.jsonl")[0]
+    assert (first["n_train"], first["n_in"], first["n_ood"]) == (48, 32, 24)
+    assert first["sha256"] == utils.file_hash(trained)
+    assert (first["seed"], first["size"], first["normalize"]) == (12345, 8, True)
+    assert {"fpr95_ood_positive", "aupr_in", "versions", "arch", "training_mode"} <= set(first)
+    assert first["versions"]["torch"] == torch.__version__
+
+
+def test_scores_are_those_of_the_detector_on_the_features_of_the_encoder(
+    evaluated, trained, tiny_npz, other_npz
+):
+    home, _ = evaluated
+    rows = list(csv.DictReader((home / "out/s.csv").open()))
+    digits = [r for r in rows if r["set"] == "digits" and r["clusters"] == "1"]
+    assert len(digits) == len(data.load("digits", "test", data_dir=".", size=8))
+    assert [int(r["image"]) for r in digits] == list(range(len(digits)))
+
+    state, rest = utils.load_checkpoint(trained)
+    network = models.build_model("resnet18", "SimCLR").eval()
+    models.restore(network, state)
+    mean, std = (torch.tensor(rest["config"][k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+
+    def encode(pixels):
+        with torch.no_grad():
+            return network.encoder((pixels.float() / 255 - mean) / std)
+
+    tiny = {s: data.load(f"npz:{tiny_npz}", s, data_dir=".", size=8) for s in ("train", "test")}
+    detector = detection.SSD.fit(encode(tiny["train"].pixels))
+    expected = detector.score(encode(tiny["test"].pixels))
+    scored = [r for r in rows if r["set"] == f"npz:{tiny_npz}" and r["clusters"] == "1"]
+    assert [r["label"] for r in scored] == [str(y) for y in tiny["test"].labels.tolist()]
+    np.testing.assert_allclose([float(r["score"]) for r in scored], expected, rtol=2e-2)
+
+
+def test_plots_are_pictures(evaluated):
+    home, _ = evaluated
+    from PIL import Image
+
+    for name in ("e_ssd_histograms.png", "e_ssd_roc.png"):
+        with Image.open(home / "eval_results" / name) as image:
+            image.load()
+            assert min(image.size) > 200
+
+
+def test_an_evaluation_is_repeatable_and_its_results_are_appended(
+    command, tmp_path, trained, other_npz
+):
+    for _ in range(2):
+        done = command(
+            "eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--clusters", 3,
+            "--data-mode", "ssl", cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "eval_results/temp_eval_ssd_ssd.txt").read_text().splitlines()
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+
+
+def test_features_do_not_depend_on_the_batch_size(trained, tiny_npz):
+    state, _ = utils.load_checkpoint(trained)
+    network = models.build_model("resnet18", "SimCLR")
+    models.restore(network, state)
+    images = data.load(f"npz:{tiny_npz}", "test", data_dir=".", size=8)
+    for mode in ("base", "org", "ssl"):
+        first, second = (
+            features.extract(network.encoder, images, size=8, batch_size=b, mode=mode, seed=3)
+            for b in (32, 7)
+        )
+        assert first.dtype == torch.float32
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert network.encoder.training
+
+
+def test_one_class_against_the_rest(command, tmp_path):
+    done = command("train.py", "--dataset", "digits", "--in-classes", "0,3", *SMALL,
+                   "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = run_of(tmp_path) / "checkpoint/checkpoint.pth.tar"
+    done = command("eval_ssd.py", "--ckpt", last, "--ood", "rest", "--scores", "s.csv",
+                   cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert {r["label"] for r in rows if r["set"] == "digits"} == {"0", "3"}
+    assert {r["label"] for r in rows if r["set"] == "rest"} == set("12456789")
+    whole = data.load("digits", "test", data_dir=".", size=8)
+    assert len(rows) == len(whole)
+
+
+def test_the_clusters_of_a_classifier_are_its_classes(command, tmp_path, tiny_npz, other_npz):
+    done = command("train.py", "--training-mode", "SupCE", "--dataset", f"npz:{tiny_npz}", *SMALL,
+                   cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = run_of(tmp_path) / "checkpoint/checkpoint.pth.tar"
+    done = command("eval_ssd.py", "--ckpt", last, "--ood", f"npz:{other_npz}",
+                   "--clusters", 2, 4, 9, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    two, four, nine = records(tmp_path / "eval_results/temp_eval_ssd_ssd.jsonl")
+    assert [r["clusters"] for r in (two, four, nine)] == [2, 4, 9]
+    assert two["auroc"] == four["auroc"] == nine["auroc"]
+
+
+def test_known_outliers_are_not_tested_on(command, tmp_path, trained, other_npz):
+    done = command(
+        "eval_ssdk.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--k", 5, "--copies", 2,
+        "--scores", "s.csv", "--plot", cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "eval_results/temp_eval_ssd_ssdk.jsonl")
+    assert (record["k"], record["copies"], record["n_known"], record["n_ood"]) == (5, 2, 10, 14)
+    assert LINE.fullmatch((tmp_path / "eval_results/temp_eval_ssd_ssdk.txt").read_text().strip())
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    tested = [r for r in rows if r["set"] == f"npz:{other_npz}"]
+    assert len(tested) == 14
+    assert {r["against"] for r in rows} == {f"npz:{other_npz}"}
+
+
+@pytest.mark.parametrize("form", ["original", "SupContrast", "bare", "DDP"])
+def test_foreign_checkpoints_evaluate_to_the_numbers_of_ours(
+    command, tmp_path, trained, tiny_npz, other_npz, form
+):
+    import argparse
+
+    state, _ = utils.load_checkpoint(trained)
+    content = {
+        "original": {"epoch": 1, "arch": "resnet18", "state_dict": state, "best_prec1": 0.1,
+                     "optimizer": {}},
+        "SupContrast": {
+            "opt": argparse.Namespace(temp=0.5), "optimizer": {}, "epoch": 1,
+            "model": {k.replace("encoder.", "encoder.module."): v for k, v in state.items()},
+        },
+        "bare": state,
+        "DDP": {f"module.{k}": v for k, v in state.items()},
+    }[form]
+    torch.save(content, tmp_path / "foreign.pth")
+    common = ("--ood", f"npz:{other_npz}")
+    done = command("eval_ssd.py", "--ckpt", trained, *common, "--exp-name", "ours", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command(
+        "eval_ssd.py", "--ckpt", "foreign.pth", "--training-mode", "SimCLR", "--arch", "resnet18",
+        "--dataset", f"npz:{tiny_npz}", "--size", 8, "--normalize", *common,
+        "--exp-name", "theirs", cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = ((tmp_path / f"eval_results/{n}_ssd.txt").read_text()
+                    for n in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def test_help_is_grouped_and_shows_defaults(command, tmp_path):
+    text = command("train.py", "--help", cwd=tmp_path).stdout
+    for group in ("run:", "network:", "images:", "optimisation:"):
+        assert f"\n{group}\n" in text
+    assert "(default: 512)" in text
+    assert "(default: resnet50)" in text
+
+
+def test_importing_a_room_needs_neither_faiss_nor_matplotlib_nor_arguments(tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    rooms = sorted(p.stem for p in ROOT.glob("*.py"))
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--nonsense']\n"
+            f"import {', '.join(rooms)}\n"
+            "heavy = {'faiss', 'matplotlib', 'torchvision', 'yaml'} & set(sys.modules)\n"
+            "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def recipes():
+    from conftest import ROOT
+
+    return sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_one_that_train_takes(name):
+    from conftest import ROOT
+
+    import train
+
+    args = utils.parse_args(train.parser(), ["--config", str(ROOT / "configs" / name)])
+    assert args.exp_name == name.removesuffix(".yaml")
+    assert f"python train.py --config configs/{name}\n" in (ROOT / "configs" / name).read_text()
+
+
+def test_the_demo_prints_a_table_and_where_everything_lies(command, tmp_path):
+    done = command("demo.py", "--epochs", 1, "--results-dir", "d", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(digits 6-9|blobs|gaussian|uniform)((?: +[01]\.\d{4}){6})$",
+                      done.stdout, re.M)
+    assert [name for name, _ in rows] == ["digits 6-9", "blobs", "gaussian", "uniform"]
+    for path in re.findall(r"\S+\.(?:tar|png|csv)\b", done.stdout):
+        assert (tmp_path / path).is_file(), path

@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""Train one network on images: SimCLR (no labels), SupCon or SupCE (labels).
+
+    python train.py --training-mode SimCLR --dataset cifar10 --normalize --warmup
+    python train.py --dataset digits --arch resnet18 --size 8 --epochs 20 --batch-size 128 --lr 0.1
+
+The first is the paper's recipe (ResNet-50, 510 epochs); the second trains for minutes on a CPU.
+Writes RESULTS/EXP/N--dataset-D-arch-A-lr-L_epochs-E/ with setup.log, log.jsonl and checkpoint/.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+import time
+
+import torch
+
+import data
+import models
+import trainers
+import utils
+from utils import UserError, number
+
+
+def parser():
+    """Build the command line: the original's flags with its defaults, and ours."""
+    p = utils.Parser(description=__doc__)
+    group = p.add_argument_group("run")
+    group.add_argument("--exp-name", default="temp", help="folder of the run below --results-dir")
+    group.add_argument("--results-dir", default="./results", help="where runs are written")
+    group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,
+                       help="decides every random draw")
+    group.add_argument("--print-freq", type=number(int, 1), default=100,
+                       help="steps between two records of the loss")
+    group.add_argument("--save-freq", type=number(int, 1), default=50,
+                       help="epochs between two checkpoints that are kept")
+    group.add_argument("--method", help="does nothing; accepted because the original had it")
+    group.add_argument("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
+
+    group = p.add_argument_group("network")
+    group.add_argument("--training-mode", choices=list(trainers.MODES), default="SimCLR",
+                       help="the loss: without labels, with labels, cross-entropy")
+    group.add_argument("--arch", choices=list(models.ARCHITECTURES), default="resnet50",
+                       help="the encoder")
+    group.add_argument("--num-classes", type=number(int, 1),
+                       help="outputs of the SupCE classifier (default: the data set's classes)")
+    group.add_argument("--ckpt", metavar="FILE", help="start from the weights of a checkpoint")
+
+    group = p.add_argument_group("images")
+    group.add_argument("--dataset", default="cifar10", metavar="SET",
+                       help=f"{', '.join(data.TRAINABLE)}; folder:PATH and npz:PATH say where")
+    group.add_argument("--data-dir", default="./datasets",
+                       help="where image sets are and are downloaded to; for folder and npz "
+                       "without PATH, the folder (with train/ and test/) or the file itself")
+    group.add_argument("--no-download", action="store_true", help="never fetch a missing set")
+    group.add_argument("--in-classes", type=utils.class_list, metavar="LIST",
+                       help="train on these classes only, as 0-5 or 0,3,7")
+    group.add_argument("--size", type=number(int, 8), default=32, help="side of images in pixels")
+    group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=False,
+                       help="normalise colours with the data set's constants")
+
+    group = p.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=number(int, 1), default=500,
+                       help="passes over the images, warm-up not counted")
+    group.add_argument("--batch-size", type=number(int, 1), default=512, help="images a step")
+    group.add_argument("--lr", type=number(float, above=0, high=1e30), default=0.5,
+                       help="learning rate at the start of the cosine")
+    group.add_argument("--momentum", type=number(float, 0, below=1), default=0.9,
+                       help="of SGD, without Nesterov")
+    group.add_argument("--weight-decay", type=number(float, 0, 1e30), default=1e-4,
+                       help="on every parameter")
+    group.add_argument("--warmup", action=argparse.BooleanOptionalAction, default=False,
+                       help=f"{trainers.WARMUP_EPOCHS} more epochs before the others, in which the "
+                       "learning rate rises from 0.01")
+    group.add_argument("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
+                       help="let momentum fall from 0.9 to 0.8 in the warm-up and stay there, "
+                       "whatever --momentum says, as the original does (default: on)")
+    group.add_argument("--temperature", type=number(float, above=0), default=0.5,
+                       help="T of the contrastive loss")
+    return p
+
+
+def _check_batches(n, batch_size, size, mode):
+    """Stop if a batch would be too small for the loss or for batch norm."""
+    if mode.contrastive and min(n, batch_size) < 2:
+        raise UserError(f"--batch-size {batch_size} with {n} training images: a contrastive loss "
+                        "needs at least 2 images a step")
+    last = n % batch_size or batch_size
+    if not mode.contrastive and size == 8 and last == 1:
+        raise UserError(f"--batch-size {batch_size} leaves a last step of 1 image of {n}, too few "
+                        "for batch norm at --size 8; choose another")
+
+
+def _watch(network, test, mode, loss, batch_size, images):
+    """Say how good the network is, and by what measure: (score, its name)."""
+    score = test and trainers.monitor(network, test, mode, batch_size=batch_size, **images)
+    if score is None:
+        return -loss, "minus the training loss (no classes of test images to tell apart)"
+    kind = "20-NN" if mode.contrastive else "top-1"
+    return score, f"{kind} accuracy on the test images"
+
+
+def main(argv=None):
+    args = utils.parse_args(parser(), argv)
+    mode = trainers.MODES[args.training_mode]
+    for flag in ("method", "gpu"):
+        if getattr(args, flag) is not None:
+            utils.note(f"--{flag} does nothing")
+
+    # Images: the whole set on the device, as uint8
+    device = utils.device()
+    where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download)
+    train = data.load(args.dataset, "train", crops=True, **where)
+    has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
+    test = data.load(args.dataset, "test", **where) if has_test else None
+    if args.in_classes:
+        train, test = (s and data.restrict(s, args.in_classes) for s in (train, test))
+    classes = len(train.class_names) if train.class_names else 0
+    if mode.labels and classes < 2:
+        raise UserError(f"--training-mode {args.training_mode} needs images of at least 2 classes, "
+                        f"{args.dataset} has {classes}; SimCLR needs none")
+    num_classes = args.num_classes or classes
+    if args.training_mode == "SupCE" and num_classes < classes:
+        raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
+    _check_batches(len(train), args.batch_size, args.size, mode)
+    mean, std = data.normalisation(args.dataset, train) if args.normalize else (None, None)
+    train = data.to(train, device)
+
+    # Network and optimiser
+    network = models.build_model(
+        args.arch, args.training_mode, num_classes, utils.generator(args.seed, "weights")
+    )
+    if args.ckpt:
+        state, _ = utils.load_checkpoint(args.ckpt)
+        try:
+            models.restore(network, state)
+        except ValueError as error:
+            raise UserError(f"--ckpt {args.ckpt} does not fit --arch {args.arch} --training-mode "
+                            f"{args.training_mode}: {error}") from None
+    network.to(device)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+
+    # Run folder and logs
+    label = (f"dataset-{data.parse_spec(args.dataset)[0]}-arch-{args.arch}-lr-{args.lr}"
+             f"_epochs-{args.epochs}")
+    run = utils.claim_run_folder(args.results_dir, args.exp_name, label)
+    config = utils.plain(vars(args)) | {"num_classes": num_classes, "mean": mean, "std": std}
+    log = utils.Log(run / "setup.log", run / "log.jsonl")
+    log.line(str(args))
+    command = shlex.join(["python", *sys.argv])
+    log.record(event="start", command=command, config=config, run=str(run),
+               device=str(device), versions=utils.versions())
+    log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
+             f"{args.dataset}; {device}; run folder {run}")
+
+    # Epochs
+    steps = math.ceil(len(train) / args.batch_size)
+    warm = trainers.WARMUP_EPOCHS if args.warmup else 0
+    images = dict(size=args.size, mean=mean, std=std)
+    best = -math.inf
+    for epoch in range(warm + args.epochs):
+        began = time.perf_counter()
+
+        def rates(step, first=epoch * steps):
+            return trainers.schedule(
+                first + step, steps, args.epochs, args.lr, args.momentum,
+                args.warmup, args.cycle_momentum,
+            )
+
+        def report(step, loss, lr, momentum, speed, epoch=epoch):
+            log.record(event="step", epoch=epoch, step=step, loss=loss, lr=lr, momentum=momentum,
+                       views_per_s=round(speed, 1))
+
+        loss, speed = trainers.train_epoch(
+            network, optimizer, train, mode, epoch=epoch, rates=rates, report=report,
+            batch_size=args.batch_size, seed=args.seed, temperature=args.temperature,
+            print_freq=args.print_freq, **images,
+        )
+
+        # The warm-up is not watched, as in the original: the best network is one of the main part.
+        if epoch < warm:
+            score, monitor_name = None, "none in the warm-up"
+        else:
+            score, monitor_name = _watch(network, test, mode, loss, args.batch_size, images)
+        is_best = score is not None and score > best
+        best = score if is_best else best
+        lr, momentum = rates(steps - 1)
+        state = {
+            "epoch": epoch + 1,
+            "arch": args.arch,
+            "state_dict": network.state_dict(),
+            "best_prec1": best if math.isfinite(best) else 0.0,
+            "optimizer": optimizer.state_dict(),
+            "config": config,
+        }
+        names = ["checkpoint.pth.tar"]
+        names += ["model_best.pth.tar"] if is_best else []
+        names += [f"checkpoint_{epoch + 1}.pth.tar"] if (epoch + 1) % args.save_freq == 0 else []
+        for name in names:
+            utils.save_checkpoint(run / "checkpoint" / name, state)
+        log.record(event="epoch", epoch=epoch, loss=loss, monitor=score, monitor_name=monitor_name,
+                   best=best if math.isfinite(best) else None, lr=lr, momentum=momentum,
+                   views_per_s=round(speed, 1), seconds=round(time.perf_counter() - began, 3))
+        shown = "" if score is None else f", validation accuracy {score}, best_prec {best}"
+        log.line(f"Epoch {epoch}{shown}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")
+    log.record(event="end", epochs=warm + args.epochs)
+    log.line(f"done: {run / 'checkpoint' / 'checkpoint.pth.tar'}")
+
+
+if __name__ == "__main__":
+    utils.program(main)

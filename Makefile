@@ -1,0 +1,40 @@
+# The two commands of the README, each of which sets up what it needs in .venv.
+#
+#   make demo     train on real digits and detect outliers, about 3 minutes
+#   make test     the tests, a few minutes
+#   make lint     ruff
+#   make costs    peak memory and time of features and detection
+#
+# make PYTHON=python3.12 ... chooses the interpreter that .venv is made of (3.10 to 3.13).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint costs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(BIN)/python demo.py
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/ready-dev
+	$(BIN)/python -m ruff check .
+
+costs: $(VENV)/ready
+	$(BIN)/python benchmarks/costs.py
+
+$(VENV)/ready: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

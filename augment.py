@@ -187,8 +187,8 @@ def resize(x, size):
     if height == width == size:
         return x
     side = min(height, width)
-    corner = torch.tensor([[(height - side) // 2], [(width - side) // 2]], device=x.device)
-    length = torch.tensor([side], device=x.device)
+    corner = _to(torch.tensor([[(height - side) // 2], [(width - side) // 2]]), x)
+    length = _to(torch.tensor([side]), x)
     rows = resampling(corner[0], length, size, height)
     columns = resampling(corner[1], length, size, width)
     return _resample(x, rows.expand(len(x), -1, -1), columns.expand(len(x), -1, -1))
@@ -308,6 +308,6 @@ def color_jitter(x, apply, order, factor):
 
 def _to(draw, x):
     """Copy a small tensor from the CPU to the device of `x` without making the host wait."""
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" or not draw.numel():
         return draw.to(x.device)
     return draw.pin_memory().to(x.device, non_blocking=True)

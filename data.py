@@ -10,11 +10,13 @@ training and the choice of known outliers; each has a generator of its own.
 
 import contextlib
 import math
+import os
 import pickle
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ import torch
 import utils
 from utils import UserError
 
+DOWNLOAD_ERRORS = (OSError, EOFError, RuntimeError, HTTPException, tarfile.TarError)
 NOISE_IMAGES = 10_000  # of each of blobs, gaussian and uniform
 NOISE_BLOCK = 100  # images drawn by one generator
 DTD_IMAGES = 5_640
@@ -190,7 +193,7 @@ def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True):
     name, path = parse_spec(spec)
     if split == "train" and not SETS[name].trains:
         raise UserError(f"{name} has no training images; it can only be an outlier set (--ood)")
-    if name in ("folder", "npz") and path is None:
+    if name in WITH_PATH and path is None:
         path = Path(data_dir)
     request = Request(name, path, split, Path(data_dir), size, crops, seed, download)
     images = SETS[name].load(request)
@@ -223,7 +226,7 @@ def parse_spec(spec):
     name, _, path = spec.partition(":")
     if name not in SETS:
         raise UserError(f"unknown image set '{spec}'; known are {', '.join(SETS)}")
-    if path and name not in ("folder", "npz"):
+    if path and name not in WITH_PATH:
         raise UserError(f"image set '{spec}': only folder and npz take a path; {name} is looked "
                         "for under --data-dir")
     return name, Path(path) if path else None
@@ -257,6 +260,12 @@ def rename(images, name):
 def to(images, device):
     """Return an ImageSet with pixels and labels on a device, to stay there."""
     return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))
+
+
+def absolute(spec):
+    """Return "NAME" or "NAME:PATH" with the path made absolute."""
+    name, path = parse_spec(spec)
+    return f"{name}:{path.resolve()}" if path else name
 
 
 def normalisation(spec, images):
@@ -348,7 +357,7 @@ def _download(cls, kwargs, where, request):
         raise UserError(f"{request.name}: not found under {where}; {place}")
     try:
         return cls(**kwargs, download=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except DOWNLOAD_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{request.name}: not found under {where}, and its download failed ({reason}); {place}"
@@ -381,9 +390,10 @@ def _npz(request):
     path = request.path
     if not path.is_file():
         raise UserError(f"npz: no file {path}")
+    wanted = (f"{request.split}_images", "train_labels", "test_labels")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files if k.startswith(request.split)}
+            arrays = {k: file[k] for k in wanted if k in file.files}
             keys = file.files
     except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
         raise UserError(f"npz: cannot read {path} as an .npz file: {error}") from None
@@ -403,24 +413,25 @@ def _npz(request):
     pixels = torch.from_numpy(x).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
     labels, names = torch.zeros(len(x), dtype=torch.int64), None
     if f"{request.split}_labels" in arrays:
-        labels, names = _npz_labels(arrays[f"{request.split}_labels"], path, request.split, len(x))
+        labels, names = _npz_labels(arrays, path, request.split, len(x))
     return ImageSet("npz" if request.path == request.data_dir else f"npz:{path}",
                     pixels, labels, names)
 
 
-def _npz_labels(y, path, split, n):
-    """Check labels [n] or [n, 1]; return them as int64 with names 0, 1, ..."""
+def _npz_labels(arrays, path, split, n):
+    """Check labels [n] or [n, 1]; return them as int64 with names 0, 1, ... of both splits."""
     key = f"{split}_labels"
+    y = arrays[key]
     if y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "iu":
         raise UserError(f"npz: {key} of {path} is {y.dtype} {list(y.shape)}; one whole number for "
                         f"each of the {n} images is needed")
-    if n and (y.min() < 0 or y.max() >= 100_000):
-        raise UserError(f"npz: {key} of {path} goes from {y.min()} to {y.max()}; classes are "
+    both = [arrays[k] for k in ("train_labels", "test_labels") if k in arrays]
+    both = [b for b in both if b.size and b.dtype.kind in "iu"]
+    highest = max((int(b.max()) for b in both), default=0)
+    if n and (y.min() < 0 or highest >= utils.MOST_CLASSES):
+        raise UserError(f"npz: {key} of {path} goes from {y.min()} to {highest}; classes are "
                         "numbered from 0")
     labels = torch.from_numpy(y.reshape(n).astype(np.int64))
-    with np.load(path, allow_pickle=False) as file:  # both splits count the same classes
-        both = [file[k] for k in ("train_labels", "test_labels") if k in file.files]
-    highest = max([int(b.max()) for b in both if b.size and b.dtype.kind in "iu"], default=0)
     return labels, tuple(str(c) for c in range(highest + 1))
 
 
@@ -453,24 +464,32 @@ def _folder(request):
         raise UserError(f"folder: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {chosen}")
     has_classes = tuple(names) if _class_folders(chosen) else None
     side = math.ceil(request.size / NARROWEST_CROP) if request.crops else request.size
-    return ImageSet(name, decode(files, side, at_most=request.crops), torch.tensor(labels),
+    return ImageSet(name, decode(files, side, request.size), torch.tensor(labels),
                     has_classes, tuple(str(f) for f in files))
 
 
 def _class_folders(folder):
     """Subfolders that hold images, by name; none where images lie in `folder` itself."""
+    below = sorted(d for d in folder.iterdir()
+                   if d.is_dir() and not d.name.startswith(".") and _image_files(d))
     if any(_is_image(f) for f in folder.iterdir()):
+        if below:
+            utils.note(f"{folder} holds images beside its folders of images; all are read as "
+                       "images without classes")
         return []
-    return sorted(d for d in folder.iterdir()
-                  if d.is_dir() and not d.name.startswith(".") and _image_files(d))
+    return below
 
 
 def _image_files(folder):
     """Images at any depth, by path; what lies in a hidden folder is hidden."""
-    return sorted(
-        f for f in folder.rglob("*")
-        if _is_image(f) and not any(p.startswith(".") for p in f.relative_to(folder).parts)
-    )
+    found, seen = [], set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(at)
+        folders[:] = [] if here in seen else [d for d in folders if not d.startswith(".")]
+        if here not in seen:  # a link may lead back up
+            found += [f for f in (Path(at, name) for name in files) if _is_image(f)]
+        seen.add(here)
+    return sorted(found)
 
 
 def _is_image(path):
@@ -505,33 +524,35 @@ def _download_dtd(request, places):
         raise UserError(f"texture: not found in {places[0]}; {place}")
     try:
         DTD(str(request.data_dir), download=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except DOWNLOAD_ERRORS as error:
         raise UserError(
             f"texture: not found in {places[0]}, and its download failed ({error}); {place}"
         ) from None
     return places[1]
 
 
-def decode(files, side, at_most=False):
+def decode(files, most, least=None):
     """Decode image files to squares of one size.
+
+    The short side is brought to S pixels (bilinear, antialiased, 8-bit, by PIL as the original
+    does), then the central square is kept. S is the smallest short side of all files, so that
+    none is enlarged, within the bounds.
 
     Args:
         files: paths.
-        side: the short side is brought to this many pixels (bilinear, antialiased, 8-bit, by PIL
-            as the original does), then the central square is kept.
-        at_most: leave images alone that are squares of one common size below `side`.
+        most, least: bounds of S; without `least` it is `most`.
 
     Returns:
-        uint8 [N, 3, S, S]; S = `side`, or with `at_most` the smaller of it and the smallest short
-        side of all files.
+        uint8 [N, 3, S, S].
 
     Raises:
         UserError: names the file that can't be decoded, or is grey of more than 8 bits. (Of 16-bit
             colour PIL takes the upper 8 bits, which is right.)
     """
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        if at_most:
-            side = min(side, min(pool.map(_short_side, files)))
+        side = most
+        if least is not None and least < most:
+            side = max(least, min(most, *pool.map(_short_side, files)))
         first = _square(files[0], side)
         out = torch.empty(len(files), *first.shape, dtype=torch.uint8)
         for i, image in enumerate(pool.map(lambda f: _square(f, side), files)):
@@ -595,6 +616,7 @@ SETS = {
     "gaussian": Facts(_noise, False),
     "uniform": Facts(_noise, False),
 }
+WITH_PATH = ("folder", "npz")  # sets that are wherever the user has them
 TRAINABLE = [name for name, facts in SETS.items() if facts.trains]
 
 

@@ -56,8 +56,7 @@ def main(argv=None):
 
     # Features of the training images; a detector per number of clusters, each fitted once
     kwargs = evaluation.extraction(trained, train, batch_size=args.batch_size, seed=args.seed)
-    kwargs |= {"mode": args.data_mode}
-    x = features.extract(trained.encoder, train, **kwargs)  # [N, D]
+    x = features.extract(trained.encoder, train, mode=args.data_mode, **kwargs)  # [N, D]
     labels = train.labels if by_class else None
     detectors = {
         m: detection.SSD.fit(x, m, labels, seed=args.seed) for m in dict.fromkeys(args.clusters)

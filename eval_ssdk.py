@@ -51,7 +51,8 @@ def main(argv=None):
     for ood in outliers:
         try:
             known, rest = data.few_shot(
-                ood.labels, args.k, utils.generator(args.seed, "known", ood.name)
+                ood.labels, args.k,
+                utils.generator(args.seed, "known", ood.name.partition(":")[0]),
             )
         except ValueError as error:
             raise UserError(f"--k {args.k} takes a whole class of {ood.name}: {error}") from None
@@ -67,18 +68,21 @@ def main(argv=None):
     detector = detection.SSDk.fit(
         features.extract(trained.encoder, train, mode=args.data_mode, **kwargs)
     )
-    x_test = features.extract(trained.encoder, test, mode=args.data_mode, **kwargs)
+    x_test = features.extract(trained.encoder, test, **kwargs)
 
     # Each outlier set: a Gaussian of its known images, scores of the rest
     for known, rest in splits:
         x = features.extract_copies(trained.encoder, known, copies=args.copies, **kwargs)
         gaussian = detector.know(x)  # of [copies * k * classes, D]
-        x = features.extract(trained.encoder, rest, mode=args.data_mode, **kwargs)
+        if gaussian.rank == 0:
+            utils.note(f"{rest.name}: the known outliers have no extent (one image, one copy?), so "
+                       "their distance is 0 everywhere and the scores are those of the inliers")
+        x = features.extract(trained.encoder, rest, **kwargs)
         report.add(
             test, detector.score(x_test, gaussian, f"the features of {test.name}"),
             rest, detector.score(x, gaussian, f"the features of {rest.name}"),
             clusters=1, panel=f"{rest.name}, {args.k} known of each class", against=rest.name,
-            n_known=len(known),
+            n_known=len(known), known_rank=gaussian.rank,
         )
     report.close()
 

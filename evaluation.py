@@ -30,7 +30,8 @@ def add_arguments(p):
     """Add the flags of both evaluations to a utils.Parser, grouped."""
     group = p.add_argument_group("run")
     group.add_argument("--exp-name", default="temp_eval_ssd", help="name of the result files")
-    group.add_argument("--results-dir", default="./eval_results", help="where results are written")
+    group.add_argument("--results-dir", "--results_dir", default="./eval_results",
+                       help="where results are written")
     group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,
                        help="of k-means, noise sets, known outliers and augmentation")
     group.add_argument("--scores", metavar="FILE.csv", help="write the score of every image")
@@ -62,13 +63,14 @@ def add_arguments(p):
                        help=f"outlier sets: {', '.join(data.SETS)}, folder:PATH, npz:PATH, and "
                        "rest (the classes that --in-classes leaves out) (default: "
                        f"{' '.join(DEFAULT_OOD)}, less the in-distribution set)")
-    group.add_argument("--size", type=number(int, 8),
+    group.add_argument("--size", type=number(int, 8, 4096),
                        help="side of images in pixels (default: the checkpoint's, else 32)")
     group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None,
                        help="normalise colours with the in-distribution set's constants (default: "
                        "the checkpoint's, else off)")
     group.add_argument("--data-mode", choices=["org", "base", "ssl"], default="base",
-                       help="augmentation of the images whose features are taken; base has none")
+                       help="augmentation of the training images whose features are taken, none "
+                       "in base; test images and outliers never have any")
     group.add_argument("--batch-size", type=number(int, 1), default=256, help="images a pass")
 
 
@@ -120,9 +122,13 @@ def restore(path, device, *, classes=None, **given):
         UserError: a flag that contradicts the checkpoint, a network that does not fit it.
     """
     state, rest = utils.load_checkpoint(path)
-    known = rest.get("config") if isinstance(rest.get("config"), dict) else {}
-    if not known and rest.get("arch") in models.ARCHITECTURES:
-        known = {"arch": rest["arch"]}  # all that the original's own checkpoints say
+    known = rest.get("config")
+    if not _is_ours(known):
+        arch = rest.get("arch")  # all that the original's own checkpoints say
+        known = {"arch": arch} if arch in list(models.ARCHITECTURES) else {}
+        if given["normalize"] is None:
+            utils.note(f"{path} does not say whether colours were normalised in training; taken as "
+                       "not. The published networks need --normalize")
     for key, allowed in (("arch", models.ARCHITECTURES), ("training_mode", MODES)):
         if key in known and known[key] not in allowed:
             raise UserError(f"--ckpt {path} was trained with --{key.replace('_', '-')} "
@@ -147,9 +153,19 @@ def restore(path, device, *, classes=None, **given):
     except ValueError as error:
         raise UserError(f"--ckpt {path} does not fit --arch {settings['arch']} --training-mode "
                         f"{settings['training_mode']} --classes {classes}: {error}") from None
-    constants = (known["mean"], known["std"]) if known.get("mean") else None
+    constants = (known["mean"], known["std"]) if settings["normalize"] and "mean" in known else None
     return Trained(network.encoder.to(device), constants=constants, path=str(path),
                    sha256=utils.file_hash(path), **settings)
+
+
+def _is_ours(config):
+    """Whether a checkpoint's "config" is one that train.py wrote."""
+    kinds = {"training_mode": str, "arch": str, "dataset": str, "data_dir": str, "size": int,
+             "normalize": bool, "in_classes": list | None, "num_classes": int,
+             "mean": list | None, "std": list | None}
+    return isinstance(config, dict) and all(
+        key in config and isinstance(config[key], kind) for key, kind in kinds.items()
+    )
 
 
 def _agree(path, key, given, trained):
@@ -185,23 +201,10 @@ def load_images(trained, ood, *, seed, download):
     Raises:
         UserError: a set that is unknown, missing, named twice, or the in-distribution one.
     """
-    name, path = data.parse_spec(trained.dataset)
+    name, _ = data.parse_spec(trained.dataset)
     ood = [o for o in DEFAULT_OOD if o != name] if ood is None else ood
     where = dict(data_dir=trained.data_dir, size=trained.size, seed=seed, download=download)
-    inside = path or (Path(trained.data_dir) if name in ("folder", "npz") else None)
-    for i, spec in enumerate(ood):
-        if spec in ood[:i]:
-            raise UserError(f"--ood names {spec} twice")
-        if spec == "rest":
-            if not trained.in_classes:
-                raise UserError("--ood rest is what --in-classes leaves out; that was not given")
-            continue
-        other, place = data.parse_spec(spec)
-        place = place or (Path(trained.data_dir) if other in ("folder", "npz") else None)
-        same_place = not inside or not place or inside.resolve() == place.resolve()
-        if other == name and same_place:
-            raise UserError(f"--ood {spec} is the in-distribution set itself; a set can't be its "
-                            "own outlier (for classes of it: --in-classes and --ood rest)")
+    _check_outliers(ood, trained)
     train = data.load(trained.dataset, "train", **where)
     test = whole = data.load(trained.dataset, "test", **where)
     if trained.in_classes:
@@ -216,6 +219,27 @@ def load_images(trained, ood, *, seed, download):
         else:
             outliers.append(data.load(spec, "test", **where))
     return train, test, outliers
+
+
+def _check_outliers(ood, trained):
+    """Stop if an outlier set is named twice or is the in-distribution one, however it is spelt."""
+    def place(spec):
+        name, path = data.parse_spec(spec)
+        return name, (path or Path(trained.data_dir)).resolve() if name in data.WITH_PATH else None
+
+    name, inside = place(trained.dataset)
+    own = {(name, inside)} | ({(name, inside / s) for s in ("train", "test")} if inside else set())
+    seen = set()
+    for spec in ood:
+        if spec == "rest" and not trained.in_classes:
+            raise UserError("--ood rest is what --in-classes leaves out; that was not given")
+        where = "rest" if spec == "rest" else place(spec)
+        if where in own:
+            raise UserError(f"--ood {spec} is the in-distribution set itself; a set can't be its "
+                            "own outlier (for classes of it: --in-classes and --ood rest)")
+        if where in seen:
+            raise UserError(f"--ood names {spec} twice")
+        seen.add(where)
 
 
 def extraction(trained, train, *, batch_size, seed):
@@ -236,7 +260,7 @@ def facts_of(trained, **more):
     return {
         "checkpoint": trained.path, "sha256": trained.sha256, "arch": trained.arch,
         "training_mode": trained.training_mode, "size": trained.size,
-        "normalize": trained.normalize,
+        "normalize": trained.normalize, "dataset": trained.dataset,
         "in_classes": trained.in_classes and list(trained.in_classes),
         **more, "versions": utils.versions(),
     }
@@ -269,6 +293,12 @@ class Report:
         self._scores, self._plot, self._common = scores, plot, common
         self._rows, self._panels = [], {}
         self.written = [f"{self.base}.txt", f"{self.base}.jsonl"]
+        for path in self.written:
+            try:
+                open(path, "a").close()  # found out now, not after an hour
+            except OSError as error:
+                raise UserError(f"--results-dir: {path} cannot be written to: {error.strerror}"
+                                ) from None
 
     def add(
         self, test, test_scores, ood, ood_scores, *, clusters, panel, against="", **fields
@@ -292,7 +322,8 @@ class Report:
                   "n_in": len(test), "n_ood": len(ood), **fields, **self._common,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         for suffix, text in ((".txt", line), (".jsonl", json.dumps(record))):
-            with open(f"{self.base}{suffix}", "a", encoding="utf-8") as file:
+            with open(f"{self.base}{suffix}", "a", encoding="utf-8",
+                      errors="surrogateescape") as file:
                 file.write(text + "\n")
         print(line, flush=True)
         _, _, shown = self._panels.setdefault(panel, (panel, test.name, {}))
@@ -305,7 +336,8 @@ class Report:
     def close(self):
         """Write the scores and draw the plots; print where everything lies."""
         if self._scores is not None:
-            with utils.whole_file(self._scores, "w", encoding="utf-8", newline="") as file:
+            with utils.whole_file(self._scores, "w", encoding="utf-8", newline="",
+                                  errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["set", "image", "label", "score", "clusters", "against"])
                 writer.writerows(self._rows)

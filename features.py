@@ -5,6 +5,8 @@
 The result is the only thing held besides one batch: a float32 array [N, D] on the CPU.
 """
 
+from dataclasses import replace
+
 import torch
 from tqdm import tqdm
 
@@ -31,7 +33,8 @@ def extract(
         float32 tensor [N, D] on the CPU.
     """
     device = next(forward.parameters()).device
-    draws = _draw(images, mode, utils.generator(seed, mode, images.name, copy))
+    kind = images.name.partition(":")[0]  # the way a path is spelt decides nothing
+    draws = _draw(images, mode, utils.generator(seed, mode, kind, copy))
     was_training = forward.training
     forward.eval()
     out = None
@@ -64,12 +67,16 @@ def extract_copies(forward, images, *, copies, **kwargs):
     """Compute the features of several "ssl" augmented copies of each image.
 
     Args:
-        copies: how many of each image. The others: as for `extract`.
+        copies: how many of each image. The others: as for `extract`. The copies are made of the
+            "base" images, at their size.
 
     Returns:
         float32 tensor [copies * N, D] on the CPU, copy after copy of the whole set.
 
     Source: same as the original's known outliers of SSDk.
     """
+    every = torch.arange(len(images))
+    base = augment.apply_base(data.pixels_at(images.pixels, every), kwargs["size"])
+    images = replace(images, pixels=base)
     each = [extract(forward, images, mode="ssl", copy=c, **kwargs) for c in range(copies)]
     return torch.cat(each)

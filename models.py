@@ -7,6 +7,7 @@
 Parameter names and shapes are those of the original, so its checkpoints load as they are.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -178,9 +179,10 @@ def build_model(arch, training_mode, num_classes=10, generator=None):
     Source: same architecture and distributions as the original (convolutions Kaiming-normal
     fan-out, batch norm 1 and 0, linear layers torch's default); not the same draws.
     """
-    encoder = ARCHITECTURES[arch]()
-    supervised = training_mode == "SupCE"
-    network = SupResNet(encoder, num_classes) if supervised else SSLResNet(encoder)
+    with torch.random.fork_rng(devices=[]):  # layers draw once when they are made
+        encoder = ARCHITECTURES[arch]()
+        supervised = training_mode == "SupCE"
+        network = SupResNet(encoder, num_classes) if supervised else SSLResNet(encoder)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(

@@ -13,6 +13,7 @@ import math
 import shlex
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -28,7 +29,8 @@ def parser():
     p = utils.Parser(description=__doc__)
     group = p.add_argument_group("run")
     group.add_argument("--exp-name", default="temp", help="folder of the run below --results-dir")
-    group.add_argument("--results-dir", default="./results", help="where runs are written")
+    group.add_argument("--results-dir", "--results_dir", default="./results",
+                       help="where runs are written")
     group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,
                        help="decides every random draw")
     group.add_argument("--print-freq", type=number(int, 1), default=100,
@@ -56,7 +58,8 @@ def parser():
     group.add_argument("--no-download", action="store_true", help="never fetch a missing set")
     group.add_argument("--in-classes", type=utils.class_list, metavar="LIST",
                        help="train on these classes only, as 0-5 or 0,3,7")
-    group.add_argument("--size", type=number(int, 8), default=32, help="side of images in pixels")
+    group.add_argument("--size", type=number(int, 8, 4096), default=32,
+                       help="side of images in pixels")
     group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=False,
                        help="normalise colours with the data set's constants")
 
@@ -92,9 +95,19 @@ def _check_batches(n, batch_size, size, mode):
                         "for batch norm at --size 8; choose another")
 
 
+def _note_what_differs(path, config, **settings):
+    """Say which settings a checkpoint to start from was trained with otherwise."""
+    for key, value in settings.items():
+        before = config.get(key, value) if isinstance(config, dict) else value
+        if str(before).partition(":")[0] != str(value).partition(":")[0]:
+            utils.note(f"--ckpt {path} was trained with {key} {before}, this is {key} {value}")
+
+
 def _watch(network, test, mode, loss, batch_size, images):
     """Say how good the network is, and by what measure: (score, its name)."""
-    score = test and trainers.monitor(network, test, mode, batch_size=batch_size, **images)
+    score = None
+    if test is not None:
+        score = trainers.monitor(network, test, mode, batch_size=batch_size, **images)
     if score is None:
         return -loss, "minus the training loss (no classes of test images to tell apart)"
     kind = "20-NN" if mode.contrastive else "top-1"
@@ -110,6 +123,8 @@ def main(argv=None):
 
     # Images: the whole set on the device, as uint8
     device = utils.device()
+    if torch.cuda.device_count() > 1:
+        utils.note(f"the first of {torch.cuda.device_count()} visible GPUs is used")
     where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download)
     train = data.load(args.dataset, "train", crops=True, **where)
     has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
@@ -132,12 +147,14 @@ def main(argv=None):
         args.arch, args.training_mode, num_classes, utils.generator(args.seed, "weights")
     )
     if args.ckpt:
-        state, _ = utils.load_checkpoint(args.ckpt)
+        state, rest = utils.load_checkpoint(args.ckpt)
         try:
             models.restore(network, state)
         except ValueError as error:
             raise UserError(f"--ckpt {args.ckpt} does not fit --arch {args.arch} --training-mode "
                             f"{args.training_mode}: {error}") from None
+        _note_what_differs(args.ckpt, rest.get("config"), size=args.size, normalize=args.normalize,
+                           dataset=args.dataset)
     network.to(device)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
@@ -147,7 +164,11 @@ def main(argv=None):
     label = (f"dataset-{data.parse_spec(args.dataset)[0]}-arch-{args.arch}-lr-{args.lr}"
              f"_epochs-{args.epochs}")
     run = utils.claim_run_folder(args.results_dir, args.exp_name, label)
-    config = utils.plain(vars(args)) | {"num_classes": num_classes, "mean": mean, "std": std}
+    config = utils.plain(vars(args)) | {
+        "num_classes": num_classes, "mean": mean, "std": std,
+        "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
+        "dataset": data.absolute(args.dataset),
+    }
     log = utils.Log(run / "setup.log", run / "log.jsonl")
     log.line(str(args))
     command = shlex.join(["python", *sys.argv])
@@ -156,57 +177,63 @@ def main(argv=None):
     log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
              f"{args.dataset}; {device}; run folder {run}")
 
-    # Epochs
+    # Epochs: those of the main part count from 0, as in the original; the warm-up's come before
     steps = math.ceil(len(train) / args.batch_size)
     warm = trainers.WARMUP_EPOCHS if args.warmup else 0
     images = dict(size=args.size, mean=mean, std=std)
-    best = -math.inf
-    for epoch in range(warm + args.epochs):
-        began = time.perf_counter()
 
-        def rates(step, first=epoch * steps):
-            return trainers.schedule(
-                first + step, steps, args.epochs, args.lr, args.momentum,
-                args.warmup, args.cycle_momentum,
-            )
-
-        def report(step, loss, lr, momentum, speed, epoch=epoch):
-            log.record(event="step", epoch=epoch, step=step, loss=loss, lr=lr, momentum=momentum,
-                       views_per_s=round(speed, 1))
-
-        loss, speed = trainers.train_epoch(
-            network, optimizer, train, mode, epoch=epoch, rates=rates, report=report,
-            batch_size=args.batch_size, seed=args.seed, temperature=args.temperature,
-            print_freq=args.print_freq, **images,
+    def rates(epoch, step):
+        return trainers.schedule(
+            (warm + epoch) * steps + step, steps, args.epochs, args.lr, args.momentum,
+            args.warmup, args.cycle_momentum,
         )
 
-        # The warm-up is not watched, as in the original: the best network is one of the main part.
-        if epoch < warm:
-            score, monitor_name = None, "none in the warm-up"
-        else:
+    def report(epoch, step, loss, speed):
+        lr, momentum = rates(epoch, step)
+        log.record(event="step", epoch=epoch, step=step, loss=loss, lr=lr, momentum=momentum,
+                   views_per_s=round(speed, 1))
+
+    best = -math.inf
+    for epoch in range(-warm, args.epochs):
+        began = time.perf_counter()
+        loss, speed = trainers.train_epoch(
+            network, optimizer, train, mode, epoch=epoch, draws=warm + epoch, rates=rates,
+            report=report, batch_size=args.batch_size, seed=args.seed,
+            temperature=args.temperature, print_freq=args.print_freq, **images,
+        )
+        lr, momentum = rates(epoch, steps - 1)
+        if not trainers.is_finite(network):  # the last step's loss came before its update
+            raise utils.RunError(f"weights are not finite after epoch {epoch} (lr {lr:.6g}); "
+                                 "stopped, the checkpoints before this epoch are untouched")
+
+        # The warm-up is not watched, as in the original: the best network is one of the main part
+        score, monitor_name = None, "none in the warm-up"
+        if epoch >= 0:
             score, monitor_name = _watch(network, test, mode, loss, args.batch_size, images)
         is_best = score is not None and score > best
         best = score if is_best else best
-        lr, momentum = rates(steps - 1)
         state = {
-            "epoch": epoch + 1,
+            "epoch": max(epoch + 1, 0),  # of the main part that are done
             "arch": args.arch,
             "state_dict": network.state_dict(),
-            "best_prec1": best if math.isfinite(best) else 0.0,
+            "best_prec1": 100 * best if math.isfinite(best) else 0.0,  # per cent, as the original
             "optimizer": optimizer.state_dict(),
             "config": config,
         }
         names = ["checkpoint.pth.tar"]
         names += ["model_best.pth.tar"] if is_best else []
-        names += [f"checkpoint_{epoch + 1}.pth.tar"] if (epoch + 1) % args.save_freq == 0 else []
+        if epoch >= 0 and (epoch + 1) % args.save_freq == 0:
+            names.append(f"checkpoint_{epoch + 1}.pth.tar")
         for name in names:
             utils.save_checkpoint(run / "checkpoint" / name, state)
         log.record(event="epoch", epoch=epoch, loss=loss, monitor=score, monitor_name=monitor_name,
                    best=best if math.isfinite(best) else None, lr=lr, momentum=momentum,
                    views_per_s=round(speed, 1), seconds=round(time.perf_counter() - began, 3))
-        shown = "" if score is None else f", validation accuracy {score}, best_prec {best}"
-        log.line(f"Epoch {epoch}{shown}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")
-    log.record(event="end", epochs=warm + args.epochs)
+        title = f"Epoch {epoch}" if epoch >= 0 else f"Warm-up epoch {epoch + warm} of {warm}"
+        if "accuracy" in monitor_name:
+            title += f", validation accuracy {100 * score}, best_prec {100 * best}"
+        log.line(f"{title}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")
+    log.record(event="end", epochs=args.epochs, warmup_epochs=warm)
     log.line(f"done: {run / 'checkpoint' / 'checkpoint.pth.tar'}")
 
 

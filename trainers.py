@@ -1,6 +1,6 @@
 """One epoch of each training mode, the schedule, and what says how good the network is.
 
-    loss = train_epoch(network, optimizer, images, MODES["SimCLR"], epoch=0, ...)
+    loss, speed = train_epoch(network, optimizer, images, MODES["SimCLR"], epoch=0, ...)
     accuracy = knn_accuracy(outputs, labels)
 """
 
@@ -67,7 +67,7 @@ def schedule(step, steps_per_epoch, epochs, lr, momentum, warmup=False, cycle_mo
 
 
 def train_epoch(
-    network, optimizer, images, mode, *, epoch, rates, batch_size, size, mean, std, seed,
+    network, optimizer, images, mode, *, epoch, draws, rates, batch_size, size, mean, std, seed,
     temperature, print_freq, report,
 ):
     """Train for one epoch. Changes `network` and `optimizer`.
@@ -77,12 +77,13 @@ def train_epoch(
         optimizer: torch.optim.SGD of its parameters.
         images: data.ImageSet; its pixels and labels on the device of the network.
         mode: a value of MODES.
-        epoch: 0, 1, ... over the whole run; with `seed` it decides every random draw.
-        rates: function (step of this epoch) -> (lr, momentum).
+        epoch: as logs count it. draws: 0, 1, ... over the whole run; with `seed` this decides
+            every random draw of the epoch.
+        rates: function (epoch, step of it) -> (lr, momentum).
         batch_size: images a step; the last step takes what is left.
         size: S in pixels. mean, std: normalisation constants or None. temperature: of the loss.
         print_freq: steps between two reports; the host waits for the device only then.
-        report: function (step, loss, lr, momentum, views per second) called at them.
+        report: function (epoch, step, loss, views per second) called at them.
 
     Returns:
         (mean loss of the epoch, views per second).
@@ -93,16 +94,16 @@ def train_epoch(
     network.train()
     criterion = SupConLoss(temperature) if mode.contrastive else None
     device = images.labels.device
-    order = data.epoch_order(len(images), seed, epoch).to(device)
+    order = data.epoch_order(len(images), seed, draws).to(device)
     batches = order.split(batch_size)
     losses = torch.zeros(len(batches), device=device)
     seen, began = 0, time.perf_counter()
     with tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None) as bar:
         for step, index in enumerate(bar):
-            lr, momentum = rates(step)
+            lr, momentum = rates(epoch, step)
             for group in optimizer.param_groups:
                 group["lr"], group["momentum"] = lr, momentum
-            x = make_views(images.pixels[index], mode, size, mean, std, seed, epoch, step)
+            x = make_views(images.pixels[index], mode, size, mean, std, seed, draws, step)
             out = network(x)  # [views * B, 128 or classes]
             labels = images.labels[index] if mode.labels else None
             if mode.contrastive:
@@ -119,7 +120,7 @@ def train_epoch(
                 _stop_if_not_finite(losses[: step + 1], epoch, rates)
                 speed = seen / (time.perf_counter() - began)
                 bar.set_postfix_str(f"loss {losses[step]:.4f} lr {lr:.4f} {speed:.0f} views/s")
-                report(step, float(losses[step]), lr, momentum, speed)
+                report(epoch, step, float(losses[step]), speed)
     sizes = torch.tensor([len(b) for b in batches], device=device)
     return float((losses * sizes).sum() / sizes.sum()), seen / (time.perf_counter() - began)
 
@@ -137,10 +138,16 @@ def make_views(pixels, mode, size, mean, std, seed, epoch, step):
     return augment.apply_org(pixels, augment.draw_org(len(pixels), generator), size, mean, std)
 
 
+def is_finite(network):
+    """Tell whether all floating-point weights and statistics of a network are finite."""
+    values = [v for v in network.state_dict().values() if v.is_floating_point()]
+    return bool(torch.stack([v.isfinite().all() for v in values]).all())
+
+
 def _stop_if_not_finite(losses, epoch, rates):
     bad = (~losses.isfinite()).nonzero().squeeze(1).tolist()
     if bad:
-        lr, momentum = rates(bad[0])
+        lr, momentum = rates(epoch, bad[0])
         raise utils.RunError(
             f"the loss is {float(losses[bad[0]])} at epoch {epoch}, step {bad[0]} (lr {lr:.6g}, "
             f"momentum {momentum:.4g}); stopped, the checkpoints before this epoch are untouched; "

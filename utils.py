@@ -16,6 +16,7 @@ import pickle
 import platform
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def program(main, bad_input=()):
     Exit status: 2 bad input, 1 a failure while running, 130 interrupted; an error that nobody
     foresaw keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
+        stream.reconfigure(errors="surrogateescape")
     try:
         main()
     except (UserError, *bad_input) as error:
@@ -48,6 +51,12 @@ def program(main, bad_input=()):
         _die(error, 1)
     except torch.cuda.OutOfMemoryError as error:
         _die(f"out of GPU memory: {str(error).splitlines()[0]} A smaller --batch-size helps.", 1)
+    except MemoryError:
+        _die("out of memory; a smaller --batch-size or --size helps", 1)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        _die("out of memory; a smaller --batch-size or --size helps", 1)
     except KeyboardInterrupt:
         _die("interrupted", 130)
 
@@ -152,7 +161,7 @@ def _convert(action, value):
 
 
 def _convert_one(action, value):
-    if value is None or isinstance(value, (bool, dict, list)):
+    if value is None or isinstance(value, (bool, dict, list)) or "\0" in str(value):
         raise ValueError(f"{_metavar(action)} is needed")
     if action.type in (None, str) and not isinstance(value, str):
         raise ValueError("text is needed (quote it)")
@@ -195,17 +204,23 @@ def _read_yaml(path):
     return content
 
 
-def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+LARGEST = 2**31 - 1  # whole number on the command line; more overflows further on
+
+
+def number(kind, low=-math.inf, high=None, above=None, below=None):
     """Make an argparse type: an int or float within bounds.
 
     Args:
         kind: int or float. low, high: allowed bounds. above, below: bounds not allowed themselves.
     """
     limits = [f"at least {low}"] if low != -math.inf else []
-    limits += [f"at most {high}"] if high != math.inf else []
+    limits += [f"at most {high}"] if high is not None else []
     limits += [f"above {above}"] if above is not None else []
     limits += [f"below {below}"] if below is not None else []
     wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(limits)}".strip()
+
+    if high is None:
+        high = LARGEST if kind is int else math.inf
 
     def convert(text):
         try:
@@ -214,10 +229,14 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
             raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}") from None
         inside = low <= value <= high and (above is None or value > above)
         if not inside or (below is not None and value >= below) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            limit = f" (nor above {high})" if value > high else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}{limit}")
         return value
 
     return convert
+
+
+MOST_CLASSES = 100_000
 
 
 def class_list(text):
@@ -226,6 +245,8 @@ def class_list(text):
     try:
         for part in text.split(","):
             low, dash, high = part.partition("-")
+            if max(int(low), int(high or 0)) >= MOST_CLASSES:
+                raise argparse.ArgumentTypeError(f"'{text}': no set has {MOST_CLASSES} classes")
             chosen += range(int(low), int(high) + 1) if dash else [int(low)]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form 0-5 or 0,3,7") from None
@@ -236,11 +257,8 @@ def class_list(text):
 
 def plain(config):
     """Return a configuration dict with tuples and paths made lists and text, for JSON and torch."""
-    kinds = {tuple: list}
-    return {
-        k: kinds.get(type(v), str if isinstance(v, Path) else lambda x: x)(v)
-        for k, v in config.items()
-    }
+    made = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in made.items()}
 
 
 # --- randomness, devices, versions ----------------------------------------------------------------
@@ -269,14 +287,10 @@ def device():
 
 def versions():
     """Return what a record should say of the machine: a dict of short texts."""
-    import sklearn
-
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "numpy", "scipy", "scikit-learn", "faiss-gpu", "faiss-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
@@ -316,6 +330,8 @@ def whole_file(path, mode="wb", **kwargs):
     temporary file goes and what stood there before stays.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device, say, which a rename would replace
+        raise UserError(f"{path} is not a regular file")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, mode, **kwargs) as file:
@@ -326,6 +342,11 @@ def whole_file(path, mode="wb", **kwargs):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -403,6 +424,26 @@ def save_checkpoint(path, state):
         torch.save(state, file)
 
 
+def _as_numpy_names(module):
+    """numpy's function that makes a scalar of its bytes, under the name a pickle calls it by."""
+
+    def scalar(dtype, data):
+        if dtype != np.float64:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.scalar of {dtype}")
+        return float(np.frombuffer(data, np.float64)[0])
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
+# What a checkpoint may hold besides tensors and plain types; none of it runs code. SupContrast
+# keeps its arguments in `opt`; the original's `best_prec1` of SimCLR and SupCon is a numpy float64.
+HARMLESS = [
+    argparse.Namespace, np.dtype, np.dtypes.Float64DType,
+    _as_numpy_names("numpy.core.multiarray"), _as_numpy_names("numpy._core.multiarray"),
+]
+
+
 def load_checkpoint(path):
     """Read a checkpoint of any dialect without running code from it.
 
@@ -423,7 +464,7 @@ def load_checkpoint(path):
     if path.stat().st_size == 0:
         raise UserError(f"--ckpt {path} is empty")
     try:
-        torch.serialization.add_safe_globals([argparse.Namespace])  # SupContrast's `opt`
+        torch.serialization.add_safe_globals(HARMLESS)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's message is a page long; the one thing to know in it is the refused name

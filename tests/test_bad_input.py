@@ -13,9 +13,7 @@ import json
 import os
 import pickle
 import shutil
-import struct
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -417,22 +415,9 @@ def test_an_image_cut_short_is_named(evaluate, trained, folder):
     refused(evaluate(trained, "--ood", f"folder:{folder}"), bad, "cannot decode")
 
 
-def png16(path, channels):
-    """Write 8 x 8 pixels of 16 bits a channel: 1 channel is grey, 3 are colour."""
-    pixels = np.linspace(0, 65535, 64 * channels).astype(">u2").reshape(8, 8 * channels)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", 8, 8, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        content += struct.pack(">I", len(data)) + kind + data + check
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("channels", [1, 3], ids=["grey", "colour"])
-def test_an_image_of_16_bits_a_channel_is_named(channels, train, folder):
+def test_a_grey_image_of_16_bits_is_named(train, folder):
     bad = folder / "train/dog/1.png"
-    png16(bad, channels)
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(bad)
     refused(train("--dataset", f"folder:{folder}"), bad, "8 bits a channel")
 
 
@@ -681,6 +666,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_earlier_checkpoints_are_sou
 
 
 def test_a_last_step_that_ruins_the_weights_is_not_saved(train, tmp_path):
-    done = train("--lr", "1e38", "--batch-size", 48)
-    refused(done, "epoch 0", "lr 1e+38", "not finite", status=1)
+    # The loss of the only step is finite, the step itself is not.
+    done = train("--lr", "1e30", "--weight-decay", "1e10", "--batch-size", 48)
+    refused(done, "epoch 0", "not finite", status=1)
     assert not checkpoints_below(tmp_path)

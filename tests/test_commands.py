@@ -62,7 +62,8 @@ def test_training_writes_the_folders_logs_and_checkpoints_of_the_original(
     epochs = [r for r in log if r["event"] == "epoch"]
     assert [r["epoch"] for r in epochs] == [0, 1]
     assert all(0 <= r["monitor"] <= 1 for r in epochs)
-    assert saved["best_prec1"] == epochs[-1]["best"] == max(r["monitor"] for r in epochs)
+    assert epochs[-1]["best"] == max(r["monitor"] for r in epochs)
+    assert saved["best_prec1"] == 100 * epochs[-1]["best"]  # per cent, as in the original
     kind = "top-1" if mode == "SupCE" else "20-NN"
     assert epochs[0]["monitor_name"] == f"{kind} accuracy on the test images"
     best = torch.load(run / "checkpoint/model_best.pth.tar", weights_only=True)
@@ -70,7 +71,7 @@ def test_training_writes_the_folders_logs_and_checkpoints_of_the_original(
 
     text = (run / "setup.log").read_text()
     assert text.startswith("Namespace(")
-    assert f"Epoch 1, validation accuracy {epochs[1]['monitor']}, best_prec " in text
+    assert f"Epoch 1, validation accuracy {100 * epochs[1]['monitor']}, best_prec " in text
     assert text in done.stdout
 
 
@@ -91,18 +92,19 @@ def test_the_same_command_trains_to_the_same_weights_in_a_new_run_folder(
 def test_the_warm_up_comes_on_top_and_is_not_watched(command, tmp_path, tiny_npz):
     done = command(
         "train.py", "--dataset", f"npz:{tiny_npz}", *SMALL, "--epochs", 1, "--batch-size", 48,
-        "--warmup", cwd=tmp_path,
+        "--warmup", "--save-freq", 1, cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     epochs = [r for r in records(run_of(tmp_path) / "log.jsonl") if r["event"] == "epoch"]
-    assert len(epochs) == 11
+    assert [r["epoch"] for r in epochs] == list(range(-10, 1))
     assert [r["monitor"] is None for r in epochs] == [True] * 10 + [False]
     assert [round(r["momentum"], 6) for r in epochs[:2]] == [0.9, 0.89]
     assert (epochs[0]["lr"], epochs[10]["lr"], epochs[10]["momentum"]) == (
         0.01, 0.05, pytest.approx(0.8)
     )
-    best = run_of(tmp_path) / "checkpoint/model_best.pth.tar"
-    assert torch.load(best, weights_only=True)["epoch"] == 11
+    folder = run_of(tmp_path) / "checkpoint"
+    assert torch.load(folder / "model_best.pth.tar", weights_only=True)["epoch"] == 1
+    assert len(list(folder.iterdir())) == 3  # checkpoint_1, of the main part, and no other
 
 
 def test_images_without_classes_train_and_the_loss_chooses_the_best(command, tmp_path):
@@ -122,6 +124,7 @@ def test_images_without_classes_train_and_the_loss_chooses_the_best(command, tmp
     epochs = [r for r in records(run_of(tmp_path) / "log.jsonl") if r["event"] == "epoch"]
     assert [r["monitor"] for r in epochs] == [-r["loss"] for r in epochs]
     assert "training loss" in epochs[0]["monitor_name"]
+    assert "accuracy" not in done.stdout.split("done:")[0].split("Epoch 0")[1]
 
     best = run_of(tmp_path) / "checkpoint/model_best.pth.tar"
     done = command(
@@ -244,7 +247,7 @@ def test_an_evaluation_is_repeatable_and_its_results_are_appended(
     for _ in range(2):
         done = command(
             "eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--clusters", 3,
-            "--data-mode", "ssl", cwd=tmp_path,
+            "--data-mode", "ssl", "--scores", "s.csv", cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
     lines = (tmp_path / "eval_results/temp_eval_ssd_ssd.txt").read_text().splitlines()
@@ -318,7 +321,8 @@ def test_foreign_checkpoints_evaluate_to_the_numbers_of_ours(
 
     state, _ = utils.load_checkpoint(trained)
     content = {
-        "original": {"epoch": 1, "arch": "resnet18", "state_dict": state, "best_prec1": 0.1,
+        "original": {"epoch": 1, "arch": "resnet18", "state_dict": state,
+                     "best_prec1": np.float64(91.25),  # of SimCLR and SupCon
                      "optimizer": {}},
         "SupContrast": {
             "opt": argparse.Namespace(temp=0.5), "optimizer": {}, "epoch": 1,

@@ -228,6 +228,23 @@ def test_images_in_no_class_folder_have_no_classes(tmp_path):
     assert images.paths == tuple(str(tmp_path / "a/train" / n) for n in names)
 
 
+def test_folders_behind_links_are_read_once(tmp_path):
+    image = write_image(tmp_path / "elsewhere/x.png")
+    (tmp_path / "a/train/cat").mkdir(parents=True)
+    (tmp_path / "a/train/cat/link").symlink_to(image.parent)
+    (image.parent / "back").symlink_to(tmp_path / "a/train/cat")  # a circle
+    images = load(f"folder:{tmp_path / 'a'}", "train", tmp_path)
+    assert images.paths == (str(tmp_path / "a/train/cat/link/x.png"),)
+
+
+def test_images_beside_class_folders_are_said_to_have_no_classes(tmp_path, capsys):
+    write_image(tmp_path / "a/train/cat/1.png")
+    write_image(tmp_path / "a/train/2.png")
+    images = load(f"folder:{tmp_path / 'a'}", "train", tmp_path)
+    assert (len(images), images.class_names) == (2, None)
+    assert "without classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "hidden", ["train/cat/.x.png", "train/.x/x.png", "train/cat/.ipynb_checkpoints/x.png"]
 )
@@ -277,15 +294,15 @@ def test_16_bit_files_are_refused_by_name(tmp_path):
         data.decode([path], 8)
 
 
-@pytest.mark.parametrize("at_most", [False, True])
-def test_a_file_that_cannot_be_decoded_is_named(tmp_path, at_most):
+@pytest.mark.parametrize("least", [None, 4])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path, least):
     good = write_image(tmp_path / "good.png")
     (tmp_path / "torn.png").write_bytes(good.read_bytes()[:40])
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match=r"text\.png"):
-        data.decode([good, tmp_path / "text.png"], 8, at_most=at_most)
+        data.decode([good, tmp_path / "text.png"], 8, least)
     with pytest.raises(UserError, match=r"torn\.png"):
-        data.decode([good, tmp_path / "torn.png"], 8, at_most=at_most)
+        data.decode([good, tmp_path / "torn.png"], 8, least)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +310,7 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path, at_most):
     [
         ([(60, 80), (70, 65)], 21),  # ceil(8 * 2.58)
         ([(15, 80), (70, 65)], 15),  # the smallest of all short sides, if that is less
-        ([(6, 6), (9, 9)], 6),
+        ([(6, 6), (70, 65)], 8),  # one small picture does not shrink the others below the size
         ([(12, 12), (12, 12)], 12),
     ],
 )

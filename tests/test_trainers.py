@@ -113,11 +113,13 @@ def train(name, images, **changes):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     reports, losses = [], []
     kwargs = dict(
-        rates=lambda step: (0.02, 0.9), batch_size=5, size=8, mean=None, std=None, seed=7,
+        rates=lambda epoch, step: (0.02, 0.9), batch_size=5, size=8, mean=None, std=None, seed=7,
         temperature=0.5, print_freq=2, report=lambda *r: reports.append(r),
     ) | changes
     for epoch in range(2):
-        loss, speed = trainers.train_epoch(network, optimizer, images, mode, epoch=epoch, **kwargs)
+        loss, speed = trainers.train_epoch(
+            network, optimizer, images, mode, epoch=epoch, draws=epoch, **kwargs
+        )
         losses.append(loss)
         assert speed > 0
     return network, losses, reports
@@ -137,7 +139,7 @@ def test_the_same_seed_trains_to_the_same_weights_and_another_does_not(name):
         first.state_dict()["encoder.conv1.weight"], other.state_dict()["encoder.conv1.weight"]
     )
     # 12 images in steps of 5, 5, 2: the partial batch is kept, the reports come at 2 and at the end
-    assert [r[0] for r in reports] == [1, 2, 1, 2]
+    assert [r[:2] for r in reports] == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("name", list(trainers.MODES))
@@ -167,6 +169,25 @@ def test_an_epoch_is_the_plain_loop_written_out(name):
     torch.testing.assert_close(ours.state_dict()[weight], network.state_dict()[weight])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(trainers.MODES))
+def test_the_first_steps_on_the_gpu_are_those_of_the_cpu(name):
+    images, kwargs = tiny_images(), dict(batch_size=2, size=8, mean=None, std=None)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        seen = losses.setdefault(device, [])
+        network = models.build_model("resnet18", name, 3, torch.Generator().manual_seed(1))
+        network.to(device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+        trainers.train_epoch(
+            network, optimizer, data.to(images, device), trainers.MODES[name], epoch=0, draws=0,
+            rates=lambda epoch, step: (1e-4, 0.9), seed=7, temperature=0.5, print_freq=1,
+            report=lambda epoch, step, loss, speed, seen=seen: seen.append(loss), **kwargs,
+        )
+        assert trainers.monitor(network, images, trainers.MODES[name], **kwargs) is not None
+    assert losses["cuda"][:3] == pytest.approx(losses["cpu"][:3], rel=2e-2)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_rates():
     with pytest.raises(utils.RunError, match=r"loss is nan at epoch 0, step [12] \(lr 1e\+30"):
-        train("SimCLR", tiny_images(), rates=lambda step: (1e30, 0.9))
+        train("SimCLR", tiny_images(), rates=lambda epoch, step: (1e30, 0.9))

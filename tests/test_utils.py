@@ -5,6 +5,7 @@ import json
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,7 +149,7 @@ def prefixed(state, form):
 
 def in_dialect(state, dialect):
     if dialect == "original":
-        return {"epoch": 3, "arch": "resnet18", "state_dict": state, "best_prec1": 0.5,
+        return {"epoch": 3, "arch": "resnet18", "state_dict": state, "best_prec1": np.float64(9.5),
                 "optimizer": {"state": {}, "param_groups": []}}
     if dialect == "SupContrast":
         opt = argparse.Namespace(batch_size=900, temp=0.5, cosine=True, model="resnet18")
@@ -171,7 +172,26 @@ def test_every_dialect_and_form_of_keys_gives_the_same_weights(
     assert list(loaded) == list(state)
     assert all(torch.equal(loaded[k], state[k]) for k in state)
     assert ("epoch" in rest) == (dialect != "bare")
+    if dialect == "original":
+        assert rest["best_prec1"] == 9.5
     models.restore(models.build_model("resnet18", mode, 10), loaded)
+
+
+def test_the_name_that_older_numpy_gave_its_scalars_is_read_too(tmp_path):
+    path = tmp_path / "x.pth"
+    content = {"state_dict": {"a": torch.zeros(1)}, "best_prec1": np.float64(9.5)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert data.count(b"numpy._core.multiarray") == 1
+    path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert utils.load_checkpoint(path)[1]["best_prec1"] == 9.5
+
+
+def test_numpy_objects_other_than_a_float_are_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": np.zeros(3)}, path)
+    with pytest.raises(utils.UserError, match="more than tensors and plain types"):
+        utils.load_checkpoint(path)
 
 
 def test_what_is_saved_loads_without_running_code(tmp_path):

@@ -295,7 +295,8 @@ class Report:
         self.written = [f"{self.base}.txt", f"{self.base}.jsonl"]
         for path in self.written:
             try:
-                open(path, "a").close()  # found out now, not after an hour
+                if Path(path).exists():
+                    open(path, "a").close()  # found out now, not after an hour
             except OSError as error:
                 raise UserError(f"--results-dir: {path} cannot be written to: {error.strerror}"
                                 ) from None

@@ -127,14 +127,15 @@ def test_images_without_classes_train_and_the_loss_chooses_the_best(command, tmp
     assert "accuracy" not in done.stdout.split("done:")[0].split("Epoch 0")[1]
 
     best = run_of(tmp_path) / "checkpoint/model_best.pth.tar"
+    (tmp_path / "odd").mkdir()
+    image.save(tmp_path / "odd/x.png")
     done = command(
-        "eval_ssd.py", "--ckpt", best, "--ood", "folder:good/train", "--scores", "s.csv",
-        cwd=tmp_path,
+        "eval_ssd.py", "--ckpt", best, "--ood", "folder:odd", "--scores", "s.csv", cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
-    assert [r["image"] for r in rows[:6]] == [f"good/test/{i}.png" for i in range(6)]
-    assert {r["set"] for r in rows[6:]} == {"folder:good/train"}
+    assert [r["image"] for r in rows[:6]] == [f"{tmp_path}/good/test/{i}.png" for i in range(6)]
+    assert [(r["set"], r["image"]) for r in rows[6:]] == [("folder:odd", "odd/x.png")]
 
 
 def test_a_checkpoint_starts_a_training_from_its_weights(command, tmp_path, tiny_npz, trained):

@@ -1,6 +1,6 @@
 # The two commands of the README, each of which sets up what it needs in .venv.
 #
-#   make demo     train on real digits and detect outliers, about 3 minutes
+#   make demo     train on real digits and detect outliers, about 2 minutes
 #   make test     the tests, a few minutes
 #   make lint     ruff
 #   make costs    peak memory and time of features and detection

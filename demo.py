@@ -4,7 +4,7 @@
     make demo          # or: python demo.py [--results-dir DIR]
 
 ResNet-18 on scikit-learn's 8x8 images of 0-5, then SSD with 1 and 6 clusters and SSDk with 5 known
-outliers per class, against the digits 6-9, blobs, Gaussian and uniform noise. About 3 minutes on
+outliers per class, against the digits 6-9, blobs, Gaussian and uniform noise. About 2 minutes on
 two cores, no download. It types the commands that a person would; README shows what they print.
 """
 
@@ -53,7 +53,7 @@ def table(records):
 def main():
     p = utils.Parser(description=__doc__)
     p.add_argument("--results-dir", default="demo_results", help="where everything is written")
-    p.add_argument("--epochs", type=utils.number(int, 1), default=40, help="of the training")
+    p.add_argument("--epochs", type=utils.number(int, 1), default=30, help="of the training")
     args = utils.parse_args(p)
     results = Path(args.results_dir) / time.strftime("%Y%m%d-%H%M%S")
     began = time.perf_counter()

@@ -11,7 +11,6 @@ In-data = cifar10, OOD = cifar100, Clusters = 1, FPR95 = 0.5078, AUROC = 0.9063,
 
 import detection
 import evaluation
-import features
 import utils
 from utils import UserError, number
 
@@ -56,7 +55,7 @@ def main(argv=None):
 
     # Features of the training images; a detector per number of clusters, each fitted once
     kwargs = evaluation.extraction(trained, train, batch_size=args.batch_size, seed=args.seed)
-    x = features.extract(trained.encoder, train, mode=args.data_mode, **kwargs)  # [N, D]
+    x = evaluation.take_features(trained, train, mode=args.data_mode, **kwargs)  # [N, D]
     labels = train.labels if by_class else None
     detectors = {
         m: detection.SSD.fit(x, m, labels, seed=args.seed) for m in dict.fromkeys(args.clusters)
@@ -66,10 +65,10 @@ def main(argv=None):
         _say_what_is_singular(m, detector)
 
     # Scores of the test images and of each outlier set
-    x = features.extract(trained.encoder, test, **kwargs)
+    x = evaluation.take_features(trained, test, **kwargs)
     inside = {m: d.score(x, f"the features of {test.name}") for m, d in detectors.items()}
     for ood in outliers:
-        x = features.extract(trained.encoder, ood, **kwargs)
+        x = evaluation.take_features(trained, ood, **kwargs)
         for m, detector in detectors.items():
             report.add(test, inside[m], ood, detector.score(x, f"the features of {ood.name}"),
                        clusters=m, panel=f"{test.name}, {m} cluster{'s' * (m > 1)}")

@@ -66,9 +66,9 @@ def main(argv=None):
     # Features of the in-distribution images; their Gaussian is fitted once
     kwargs = evaluation.extraction(trained, train, batch_size=args.batch_size, seed=args.seed)
     detector = detection.SSDk.fit(
-        features.extract(trained.encoder, train, mode=args.data_mode, **kwargs)
+        evaluation.take_features(trained, train, mode=args.data_mode, **kwargs)
     )
-    x_test = features.extract(trained.encoder, test, **kwargs)
+    x_test = evaluation.take_features(trained, test, **kwargs)
 
     # Each outlier set: a Gaussian of its known images, scores of the rest
     for known, rest in splits:
@@ -77,7 +77,7 @@ def main(argv=None):
         if gaussian.rank == 0:
             utils.note(f"{rest.name}: the known outliers have no extent (one image, one copy?), so "
                        "their distance is 0 everywhere and the scores are those of the inliers")
-        x = features.extract(trained.encoder, rest, **kwargs)
+        x = evaluation.take_features(trained, rest, **kwargs)
         report.add(
             test, detector.score(x_test, gaussian, f"the features of {test.name}"),
             rest, detector.score(x, gaussian, f"the features of {rest.name}"),

@@ -15,6 +15,7 @@ import torch
 
 import data
 import detection
+import features
 import models
 import utils
 from utils import UserError, number
@@ -163,8 +164,10 @@ def _is_ours(config):
     kinds = {"training_mode": str, "arch": str, "dataset": str, "data_dir": str, "size": int,
              "normalize": bool, "in_classes": list | None, "num_classes": int,
              "mean": list | None, "std": list | None}
-    return isinstance(config, dict) and all(
-        key in config and isinstance(config[key], kind) for key, kind in kinds.items()
+    return (
+        isinstance(config, dict)
+        and all(k in config and isinstance(config[k], kind) for k, kind in kinds.items())
+        and all(config[k] is None or len(config[k]) == 3 for k in ("mean", "std"))
     )
 
 
@@ -253,6 +256,19 @@ def extraction(trained, train, *, batch_size, seed):
     if trained.normalize:
         mean, std = trained.constants or data.normalisation(trained.dataset, train)
     return dict(size=trained.size, batch_size=batch_size, mean=mean, std=std, seed=seed)
+
+
+def take_features(trained, images, **kwargs):
+    """Return features.extract of the encoder; they are finite.
+
+    Raises:
+        UserError: they are not: the network overflows.
+    """
+    x = features.extract(trained.encoder, images, **kwargs)
+    try:
+        return detection.checked(x, f"the features of {images.name}")
+    except detection.FeatureError as error:
+        raise UserError(f"--ckpt {trained.path}: {error}") from None
 
 
 def facts_of(trained, **more):

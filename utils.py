@@ -229,7 +229,7 @@ def number(kind, low=-math.inf, high=None, above=None, below=None):
             raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}") from None
         inside = low <= value <= high and (above is None or value > above)
         if not inside or (below is not None and value >= below) or not math.isfinite(value):
-            limit = f" (nor above {high})" if value > high else ""
+            limit = f" at most {high}" if value > high and str(high) not in wanted else ""
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}{limit}")
         return value
 
@@ -318,6 +318,8 @@ def make_folder(path, flag):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{flag} {path} cannot be written to: a file stands in its place") from None
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from None
 
@@ -488,6 +490,8 @@ def load_checkpoint(path):
     wrappers = ("module", "_orig_mod")  # DataParallel and DDP; torch.compile
     state = {".".join(p for p in k.split(".") if p not in wrappers): v for k, v in state.items()}
     for name, value in state.items():
+        if value.layout != torch.strided or value.is_complex() or value.device.type != "cpu":
+            raise UserError(f"--ckpt {path}: {name} is no plain tensor of real numbers")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"--ckpt {path}: {name} is not finite")
     return state, rest

@@ -252,7 +252,7 @@ def test_features_that_overflow_are_refused_though_the_weights_are_finite(
         state[key] *= 1e30
     path = weights / "overflow.pth"
     torch.save(state, path)
-    refused(evaluate(path, *foreign[1:]), "training features", "not finite in 48 of 48")
+    refused(evaluate(path, *foreign[1:]), f"--ckpt {path}", "features", "not finite in 48 of 48")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,8 @@ def main(argv=None):
     has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
     test = data.load(args.dataset, "test", **where) if has_test else None
     if args.in_classes:
-        train, test = (s and data.restrict(s, args.in_classes) for s in (train, test))
+        train = data.restrict(train, args.in_classes)
+        test = data.restrict(test, args.in_classes) if has_test else None
     classes = len(train.class_names) if train.class_names else 0
     if mode.labels and classes < 2:
         raise UserError(f"--training-mode {args.training_mode} needs images of at least 2 classes, "
@@ -216,7 +217,7 @@ def main(argv=None):
             "epoch": max(epoch + 1, 0),  # of the main part that are done
             "arch": args.arch,
             "state_dict": network.state_dict(),
-            "best_prec1": 100 * best if math.isfinite(best) else 0.0,  # per cent, as the original
+            "best_prec1": 100 * max(best, 0.0),  # per cent, as the original; no accuracy, no best
             "optimizer": optimizer.state_dict(),
             "config": config,
         }
@@ -229,7 +230,7 @@ def main(argv=None):
         log.record(event="epoch", epoch=epoch, loss=loss, monitor=score, monitor_name=monitor_name,
                    best=best if math.isfinite(best) else None, lr=lr, momentum=momentum,
                    views_per_s=round(speed, 1), seconds=round(time.perf_counter() - began, 3))
-        title = f"Epoch {epoch}" if epoch >= 0 else f"Warm-up epoch {epoch + warm} of {warm}"
+        title = f"Epoch {epoch}" if epoch >= 0 else f"Warm-up epoch {epoch + warm + 1} of {warm}"
         if "accuracy" in monitor_name:
             title += f", validation accuracy {100 * score}, best_prec {100 * best}"
         log.line(f"{title}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")

@@ -66,12 +66,12 @@ def main(argv=None):
 
     # Scores of the test images and of each outlier set
     x = evaluation.take_features(trained, test, **kwargs)
-    inside = {m: d.score(x, f"the features of {test.name}") for m, d in detectors.items()}
+    inside = {m: detector.score(x) for m, detector in detectors.items()}
     for ood in outliers:
         x = evaluation.take_features(trained, ood, **kwargs)
         for m, detector in detectors.items():
-            report.add(test, inside[m], ood, detector.score(x, f"the features of {ood.name}"),
-                       clusters=m, panel=f"{test.name}, {m} cluster{'s' * (m > 1)}")
+            report.add(test, inside[m], ood, detector.score(x), clusters=m,
+                       panel=f"{test.name}, {m} cluster{'s' * (m > 1)}")
     report.close()
 
 

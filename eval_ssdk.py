@@ -79,9 +79,8 @@ def main(argv=None):
                        "their distance is 0 everywhere and the scores are those of the inliers")
         x = evaluation.take_features(trained, rest, **kwargs)
         report.add(
-            test, detector.score(x_test, gaussian, f"the features of {test.name}"),
-            rest, detector.score(x, gaussian, f"the features of {rest.name}"),
-            clusters=1, panel=f"{rest.name}, {args.k} known of each class", against=rest.name,
+            test, detector.score(x_test, gaussian), rest, detector.score(x, gaussian), clusters=1,
+            panel=f"{rest.name}, {args.k} known of each class", against=rest.name,
             n_known=len(known), known_rank=gaussian.rank,
         )
     report.close()

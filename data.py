@@ -9,6 +9,7 @@ training and the choice of known outliers; each has a generator of its own.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import pickle
@@ -260,6 +261,14 @@ def rename(images, name):
 def to(images, device):
     """Return an ImageSet with pixels and labels on a device, to stay there."""
     return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))
+
+
+def fingerprint(images):
+    """Return the sha256 (hex) of the pixels and labels of an ImageSet that is in memory."""
+    digest = hashlib.sha256(f"{list(images.pixels.shape)}".encode(), usedforsecurity=False)
+    for array in (images.pixels, images.labels):
+        digest.update(np.ascontiguousarray(array.cpu().numpy()))
+    return digest.hexdigest()
 
 
 def absolute(spec):

@@ -140,7 +140,8 @@ class SSLResNet(nn.Module):
         )
 
     def forward(self, x):
-        return F.normalize(self.head(self.encoder(x)), dim=-1)
+        # float32 under autocast too: unit length in bfloat16 is good to 1 in 256
+        return F.normalize(self.head(self.encoder(x)).float(), dim=-1)
 
 
 class SupResNet(nn.Module):

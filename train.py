@@ -6,10 +6,12 @@
 
 The first is the paper's recipe (ResNet-50, 510 epochs); the second trains for minutes on a CPU.
 Writes RESULTS/EXP/N--dataset-D-arch-A-lr-L_epochs-E/ with setup.log, log.jsonl and checkpoint/.
+The same command continues a run that was broken off, and ends with the weights of an unbroken one.
 """
 
 import argparse
 import math
+import os
 import shlex
 import sys
 import time
@@ -19,6 +21,7 @@ import torch
 
 import data
 import models
+import runs
 import trainers
 import utils
 from utils import UserError, number
@@ -37,6 +40,13 @@ def parser():
                        help="steps between two records of the loss")
     group.add_argument("--save-freq", type=number(int, 1), default=50,
                        help="epochs between two checkpoints that are kept")
+    group.add_argument("--save-steps", type=number(int, 1), metavar="N",
+                       help="save every N steps of an epoch too (default: after each epoch, and "
+                       "when a signal asks for an end)")
+    group.add_argument("--val-freq", type=number(int, 1), default=1,
+                       help="epochs between two looks at the test images")
+    group.add_argument("--no-resume", action="store_true",
+                       help="start a new run even where an unfinished one could be continued")
     group.add_argument("--method", help="does nothing; accepted because the original had it")
     group.add_argument("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
 
@@ -81,7 +91,34 @@ def parser():
                        "whatever --momentum says, as the original does (default: on)")
     group.add_argument("--temperature", type=number(float, above=0), default=0.5,
                        help="T of the contrastive loss")
+
+    group = p.add_argument_group("speed", "all off by default: plain float32")
+    group.add_argument("--precision", choices=["fp32", "bf16"],
+                       help="bf16: the network computes in bfloat16; weights, batch statistics, "
+                       "normalisation and loss stay in float32 (default: fp32)")
+    group.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
+                       help="memory layout with the channels innermost (default: off)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                       help="torch.compile of network and augmentation (default: off)")
+    group.add_argument("--fast", action="store_true",
+                       help="those of the three that pay on this device, and says which")
+    group.add_argument("--deterministic", action="store_true",
+                       help="the same weights from the same command on a GPU too, slower; a CPU "
+                       "does so anyway")
     return p
+
+
+def _choose_speed(args, device):
+    """Return {precision, channels_last, compile}: what was asked for, --fast for the rest."""
+    plain = {"precision": "fp32", "channels_last": False, "compile": False}
+    fast = trainers.fast_settings(device) if args.fast else plain
+    given = {key: getattr(args, key) for key in plain}
+    chosen = {key: fast[key] if value is None else value for key, value in given.items()}
+    if args.fast:
+        utils.note("--fast is here " + ", ".join(
+            f"{'' if value else 'no '}{key}".replace("_", "-") if key != "precision" else value
+            for key, value in chosen.items()))
+    return chosen
 
 
 def _check_batches(n, batch_size, size, mode):
@@ -121,10 +158,18 @@ def main(argv=None):
         if getattr(args, flag) is not None:
             utils.note(f"--{flag} does nothing")
 
-    # Images: the whole set on the device, as uint8
+    # Device, and what it computes with
     device = utils.device()
+    speed_settings = _choose_speed(args, device)
+    vars(args).update(speed_settings)
     if torch.cuda.device_count() > 1:
         utils.note(f"the first of {torch.cuda.device_count()} visible GPUs is used")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes hardly ever change
+
+    # Images: the whole set on the device, as uint8
     where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download)
     train = data.load(args.dataset, "train", crops=True, **where)
     has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
@@ -141,6 +186,7 @@ def main(argv=None):
         raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
     _check_batches(len(train), args.batch_size, args.size, mode)
     mean, std = data.normalisation(args.dataset, train) if args.normalize else (None, None)
+    hashes = {"train": data.fingerprint(train), "test": data.fingerprint(test) if test else None}
     train = data.to(train, device)
 
     # Network and optimiser
@@ -156,32 +202,53 @@ def main(argv=None):
                             f"{args.training_mode}: {error}") from None
         _note_what_differs(args.ckpt, rest.get("config"), size=args.size, normalize=args.normalize,
                            dataset=args.dataset)
-    network.to(device)
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    network.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+        fused=device.type == "cuda",
     )
 
-    # Run folder and logs
+    # Run folder: a new one, or an unfinished one and where it stands
     label = (f"dataset-{data.parse_spec(args.dataset)[0]}-arch-{args.arch}-lr-{args.lr}"
              f"_epochs-{args.epochs}")
-    run = utils.claim_run_folder(args.results_dir, args.exp_name, label)
     config = utils.plain(vars(args)) | {
         "num_classes": num_classes, "mean": mean, "std": std,
         "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
         "dataset": data.absolute(args.dataset),
     }
-    log = utils.Log(run / "setup.log", run / "log.jsonl")
-    log.line(str(args))
-    command = shlex.join(["python", *sys.argv])
-    log.record(event="start", command=command, config=config, run=str(run),
-               device=str(device), versions=utils.versions())
-    log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
-             f"{args.dataset}; {device}; run folder {run}")
+    run = runs.open_run(args.results_dir, args.exp_name, label, config, hashes,
+                        resume=not args.no_resume)
+    checkpoints = runs.Checkpoints(run.folder / "checkpoint")
+    saved = checkpoints.newest()
+    at = {"epoch": 0, "step": 0, "losses": None, "best": -math.inf, "log_bytes": 0}
+    if saved:
+        network.load_state_dict(saved["state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        at = saved["progress"]
 
-    # Epochs: those of the main part count from 0, as in the original; the warm-up's come before
+    # Logs; what they say of later steps goes, since those are made again
     steps = math.ceil(len(train) / args.batch_size)
     warm = trainers.WARMUP_EPOCHS if args.warmup else 0
+    log = runs.Log(run.folder, keep=at["log_bytes"])
+    log.line(str(args))
+    event = {"event": "resume", "epoch": at["epoch"] - warm, "step": at["step"]}
+    log.record(**(event if run.taken_up else {"event": "start"}),
+               command=shlex.join(["python", *sys.argv]), config=config, run=str(run.folder),
+               device=str(device), versions=utils.versions())
+    log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
+             f"{args.dataset}; {device}; run folder {run.folder}")
+    if run.taken_up:
+        log.line(f"continued: {at['epoch']} of {warm + args.epochs} epochs are done, and "
+                 f"{at['step']} of {steps} steps of the next")
+
+    # Epochs: those of the main part count from 0, as in the original; the warm-up's come before
     images = dict(size=args.size, mean=mean, std=std)
+    train_step = trainers.Step(
+        network, optimizer, train, mode, temperature=args.temperature, seed=args.seed,
+        **speed_settings, **images,
+    )
+    best = at["best"]
 
     def rates(epoch, step):
         return trainers.schedule(
@@ -194,48 +261,82 @@ def main(argv=None):
         log.record(event="step", epoch=epoch, step=step, loss=loss, lr=lr, momentum=momentum,
                    views_per_s=round(speed, 1))
 
-    best = -math.inf
-    for epoch in range(-warm, args.epochs):
-        began = time.perf_counter()
-        loss, speed = trainers.train_epoch(
-            network, optimizer, train, mode, epoch=epoch, draws=warm + epoch, rates=rates,
-            report=report, batch_size=args.batch_size, seed=args.seed,
-            temperature=args.temperature, print_freq=args.print_freq, **images,
-        )
-        lr, momentum = rates(epoch, steps - 1)
+    def save(epoch, step, losses=None, names=()):
+        """Save the state at a step of an epoch; `epoch` may be the one after the last."""
         if not trainers.is_finite(network):  # the last step's loss came before its update
-            raise utils.RunError(f"weights are not finite after epoch {epoch} (lr {lr:.6g}); "
-                                 "stopped, the checkpoints before this epoch are untouched")
-
-        # The warm-up is not watched, as in the original: the best network is one of the main part
-        score, monitor_name = None, "none in the warm-up"
-        if epoch >= 0:
-            score, monitor_name = _watch(network, test, mode, loss, args.batch_size, images)
-        is_best = score is not None and score > best
-        best = score if is_best else best
-        state = {
-            "epoch": max(epoch + 1, 0),  # of the main part that are done
+            raise utils.RunError(f"weights are not finite at epoch {epoch}, step {step}; stopped, "
+                                 "the checkpoints of earlier steps are untouched")
+        log.sync()
+        checkpoints.save({
+            "epoch": max(epoch, 0),  # of the main part that are done
             "arch": args.arch,
             "state_dict": network.state_dict(),
             "best_prec1": 100 * max(best, 0.0),  # per cent, as the original; no accuracy, no best
             "optimizer": optimizer.state_dict(),
             "config": config,
-        }
-        names = ["checkpoint.pth.tar"]
-        names += ["model_best.pth.tar"] if is_best else []
-        if epoch >= 0 and (epoch + 1) % args.save_freq == 0:
-            names.append(f"checkpoint_{epoch + 1}.pth.tar")
-        for name in names:
-            utils.save_checkpoint(run / "checkpoint" / name, state)
-        log.record(event="epoch", epoch=epoch, loss=loss, monitor=score, monitor_name=monitor_name,
-                   best=best if math.isfinite(best) else None, lr=lr, momentum=momentum,
-                   views_per_s=round(speed, 1), seconds=round(time.perf_counter() - began, 3))
-        title = f"Epoch {epoch}" if epoch >= 0 else f"Warm-up epoch {epoch + warm + 1} of {warm}"
-        if "accuracy" in monitor_name:
-            title += f", validation accuracy {100 * score}, best_prec {100 * best}"
-        log.line(f"{title}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")
+            "progress": {  # from which the run goes on; its epochs count the warm-up
+                "epoch": warm + epoch, "step": step, "best": best, "log_bytes": log.size,
+                "losses": None if losses is None else losses.cpu().clone(),
+            },
+        }, names)
+
+    def after_step(epoch, step, losses):
+        due = args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < steps
+        if due or stop.signal:
+            trainers.stop_if_not_finite(losses, epoch, rates)
+            save(epoch, step + 1, losses)
+        end_if_asked(f"epoch {epoch}, step {step + 1} of {steps}")
+
+    def end_if_asked(where):
+        if stop.signal and not checkpoints.missing:
+            log.line(f"stopped by {stop.signal} after {where}; saved, the same command continues")
+            raise utils.Stopped(f"stopped by {stop.signal}; the same command continues {run.folder}"
+                                f" after {where}")
+        if stop.signal:
+            raise utils.RunError(f"stopped by {stop.signal}, and {checkpoints.missing[-1]} could "
+                                 "not be written; the same command continues from the one before")
+
+    with runs.stop_on_signals() as stop:
+        for epoch in range(at["epoch"] - warm, args.epochs):
+            began = time.perf_counter()
+            here = epoch + warm == at["epoch"]  # where the run was broken off
+            loss, speed = trainers.train_epoch(
+                train_step, epoch=epoch, draws=warm + epoch, rates=rates, seed=args.seed,
+                batch_size=args.batch_size, print_freq=args.print_freq, report=report,
+                after_step=after_step, first=at["step"] if here else 0,
+                losses=at["losses"] if here else None,
+            )
+            lr, momentum = rates(epoch, steps - 1)
+
+            # The warm-up is not watched, as in the original: the best is one of the main part
+            score, monitor_name = None, "none in this epoch"
+            if epoch >= 0 and ((epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs):
+                score, monitor_name = _watch(network, test, mode, loss, args.batch_size,
+                                             images | {"precision": args.precision})
+            is_best = score is not None and score > best
+            best = score if is_best else best
+            log.record(event="epoch", epoch=epoch, loss=loss, monitor=score,
+                       monitor_name=monitor_name, best=best if math.isfinite(best) else None,
+                       lr=lr, momentum=momentum, views_per_s=round(speed, 1),
+                       seconds=round(time.perf_counter() - began, 3))
+            title = f"Epoch {epoch}"
+            if epoch < 0:
+                title = f"Warm-up epoch {epoch + warm + 1} of {warm}"
+            if "accuracy" in monitor_name:
+                title += f", validation accuracy {100 * score}, best_prec {100 * best}"
+            log.line(f"{title}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")
+            names = ["model_best.pth.tar"] if is_best else []
+            if epoch >= 0 and (epoch + 1) % args.save_freq == 0:
+                names.append(f"checkpoint_{epoch + 1}.pth.tar")
+            save(epoch + 1, 0, names=names)
+            if epoch + 1 < args.epochs:
+                end_if_asked(f"epoch {epoch}")
+    if checkpoints.missing:
+        raise utils.RunError(f"trained to the end, but {', '.join(checkpoints.missing)} could not "
+                             "be written; the same command trains again from the one before")
     log.record(event="end", epochs=args.epochs, warmup_epochs=warm)
-    log.line(f"done: {run / 'checkpoint' / 'checkpoint.pth.tar'}")
+    log.sync()
+    log.line(f"done: {run.folder / 'checkpoint' / 'checkpoint.pth.tar'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One epoch of each training mode, the schedule, and what says how good the network is.
 
-    loss, speed = train_epoch(network, optimizer, images, MODES["SimCLR"], epoch=0, ...)
+    step = Step(network, optimizer, images, MODES["SimCLR"], size=32, mean=MEAN, std=STD)
+    loss, speed = train_epoch(step, epoch=0, ...)
     accuracy = knn_accuracy(outputs, labels)
 """
 
@@ -66,24 +67,118 @@ def schedule(step, steps_per_epoch, epochs, lr, momentum, warmup=False, cycle_mo
     return LR_END + (lr - LR_END) * (1 + math.cos(turn)) / 2, momentum
 
 
-def train_epoch(
-    network, optimizer, images, mode, *, epoch, draws, rates, batch_size, size, mean, std, seed,
-    temperature, print_freq, report,
-):
-    """Train for one epoch. Changes `network` and `optimizer`.
+class Step:
+    """One step of training: views of a batch, network, loss, gradients, update.
+
+    Neither it nor anything it calls waits for the device: a GPU is never idle because of it.
 
     Args:
-        network: what models.build_model returned, on its device.
-        optimizer: torch.optim.SGD of its parameters.
+        network: what models.build_model returned, on its device. Changed by every call.
+        optimizer: torch.optim.SGD of its parameters. Changed by every call.
         images: data.ImageSet; its pixels and labels on the device of the network.
         mode: a value of MODES.
+        size: S in pixels. mean, std: normalisation constants or None. temperature: of the loss.
+        seed: with the place in the run, decides every random draw.
+        precision: "fp32", or "bf16": convolutions and matrix products of the network in bfloat16,
+            weights, batch statistics, normalisation and loss in float32.
+        channels_last: lay images out as the network's weights are, channels innermost.
+        compile: let torch.compile make kernels of network and augmentation, for the two shapes
+            there are: that of a batch, and of the partial last one.
+    """
+
+    def __init__(
+        self, network, optimizer, images, mode, *, size, mean=None, std=None, temperature=0.5,
+        seed=0, precision="fp32", channels_last=False, compile=False,
+    ):
+        self.network, self.optimizer, self.images, self.mode = network, optimizer, images, mode
+        self._criterion = SupConLoss(temperature) if mode.contrastive else None
+        self._size, self._mean, self._std, self._seed = size, mean, std, seed
+        self._precision, self._channels_last = precision, channels_last
+        self._forward, self._apply = network, AUGMENTATIONS[mode.augmentation]
+        if compile:
+            self._forward = torch.compile(self._forward, dynamic=False)
+            self._apply = torch.compile(self._apply, dynamic=False)
+
+    def __call__(self, index, epoch, step, lr, momentum):
+        """Train on a batch.
+
+        Args:
+            index: int64 [B] on the device, which images.
+            epoch, step: the place in the run, of which the draws are a function.
+            lr, momentum: of the update.
+
+        Returns:
+            float scalar on the device, the loss before the update.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+        x = self.views(self.images.pixels[index], epoch, step)
+        with autocast(x.device, self._precision):
+            out = self._forward(x)  # [views * B, 128 or classes]
+        out = out.float()
+        labels = self.images.labels[index] if self.mode.labels else None
+        if self.mode.contrastive:
+            by_image = out.unflatten(0, (self.mode.views, len(index))).transpose(0, 1)
+            loss = self._criterion(by_image, labels)
+        else:
+            loss = F.cross_entropy(out, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def views(self, pixels, epoch, step):
+        """Make the augmented views of a batch [B, 3, H, W]: float32 [views * B, 3, S, S].
+
+        The draws are a function of seed, epoch, step and the position in the batch.
+        """
+        generator = utils.generator(self._seed, "augment", epoch, step)
+        pixels = pixels.repeat(self.mode.views, 1, 1, 1)
+        if self.mode.augmentation == "ssl":
+            draws = augment.draw_ssl(len(pixels), *pixels.shape[2:], generator)
+        else:
+            draws = augment.draw_org(len(pixels), generator)
+        x = self._apply(pixels, draws, self._size, self._mean, self._std)
+        return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
+
+
+AUGMENTATIONS = {"ssl": augment.apply_ssl, "org": augment.apply_org}
+
+
+def autocast(device, precision):
+    """Return the context in which a network computes at a precision, "fp32" or "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def fast_settings(device):
+    """Return what --fast means on a device: {precision, channels_last, compile}.
+
+    A GPU takes all three. On CPUs channels-last was measured to pay at 32 pixels, bfloat16 where
+    the processor multiplies it (elsewhere it is emulated, and slow), torch.compile not at all.
+    """
+    if device.type == "cuda":
+        return {"precision": "bf16", "channels_last": True, "compile": True}
+    can = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in can)
+    return {"precision": "bf16" if bf16 else "fp32", "channels_last": True, "compile": False}
+
+
+def train_epoch(
+    train_step, *, epoch, draws, rates, batch_size, seed, print_freq, report, after_step=None,
+    first=0, losses=None,
+):
+    """Train for one epoch, or for what is left of one.
+
+    Args:
+        train_step: Step.
         epoch: as logs count it. draws: 0, 1, ... over the whole run; with `seed` this decides
             every random draw of the epoch.
         rates: function (epoch, step of it) -> (lr, momentum).
         batch_size: images a step; the last step takes what is left.
-        size: S in pixels. mean, std: normalisation constants or None. temperature: of the loss.
         print_freq: steps between two reports; the host waits for the device only then.
         report: function (epoch, step, loss, views per second) called at them.
+        after_step: function (epoch, step, losses so far) called after each step.
+        first, losses: where an epoch was broken off: the steps that are done, and their losses.
 
     Returns:
         (mean loss of the epoch, views per second).
@@ -91,51 +186,29 @@ def train_epoch(
     Raises:
         utils.RunError: a loss that is not finite; names the first such step and its rates.
     """
-    network.train()
-    criterion = SupConLoss(temperature) if mode.contrastive else None
+    train_step.network.train()
+    images, views = train_step.images, train_step.mode.views
     device = images.labels.device
-    order = data.epoch_order(len(images), seed, draws).to(device)
-    batches = order.split(batch_size)
-    losses = torch.zeros(len(batches), device=device)
+    batches = data.epoch_order(len(images), seed, draws).to(device).split(batch_size)
+    every = torch.zeros(len(batches), device=device)
+    if losses is not None:
+        every[:first] = losses.to(device)
     seen, began = 0, time.perf_counter()
-    with tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=None) as bar:
-        for step, index in enumerate(bar):
-            lr, momentum = rates(epoch, step)
-            for group in optimizer.param_groups:
-                group["lr"], group["momentum"] = lr, momentum
-            x = make_views(images.pixels[index], mode, size, mean, std, seed, draws, step)
-            out = network(x)  # [views * B, 128 or classes]
-            labels = images.labels[index] if mode.labels else None
-            if mode.contrastive:
-                by_image = out.unflatten(0, (mode.views, len(index))).transpose(0, 1)
-                loss = criterion(by_image, labels)
-            else:
-                loss = F.cross_entropy(out, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses[step] = loss.detach()
-            seen += mode.views * len(index)
+    left = range(first, len(batches))
+    with tqdm(left, desc=f"epoch {epoch}", leave=False, disable=None,
+              initial=first, total=len(batches)) as bar:
+        for step in bar:
+            every[step] = train_step(batches[step], draws, step, *rates(epoch, step))
+            seen += views * len(batches[step])
             if (step + 1) % print_freq == 0 or step + 1 == len(batches):
-                _stop_if_not_finite(losses[: step + 1], epoch, rates)
+                stop_if_not_finite(every[: step + 1], epoch, rates)
                 speed = seen / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {losses[step]:.4f} lr {lr:.4f} {speed:.0f} views/s")
-                report(epoch, step, float(losses[step]), speed)
+                bar.set_postfix_str(f"loss {every[step]:.4f} {speed:.0f} views/s")
+                report(epoch, step, float(every[step]), speed)
+            if after_step is not None:
+                after_step(epoch, step, every[: step + 1])
     sizes = torch.tensor([len(b) for b in batches], device=device)
-    return float((losses * sizes).sum() / sizes.sum()), seen / (time.perf_counter() - began)
-
-
-def make_views(pixels, mode, size, mean, std, seed, epoch, step):
-    """Make the augmented views of a batch [B, 3, H, W]: float32 [views * B, 3, S, S].
-
-    The draws are a function of (seed, epoch, step) and the position in the batch.
-    """
-    generator = utils.generator(seed, "augment", epoch, step)
-    pixels = pixels.repeat(mode.views, 1, 1, 1)
-    if mode.augmentation == "ssl":
-        draws = augment.draw_ssl(len(pixels), *pixels.shape[2:], generator)
-        return augment.apply_ssl(pixels, draws, size, mean, std)
-    return augment.apply_org(pixels, augment.draw_org(len(pixels), generator), size, mean, std)
+    return float((every * sizes).sum() / sizes.sum()), seen / (time.perf_counter() - began)
 
 
 def is_finite(network):
@@ -144,7 +217,8 @@ def is_finite(network):
     return bool(torch.stack([v.isfinite().all() for v in values]).all())
 
 
-def _stop_if_not_finite(losses, epoch, rates):
+def stop_if_not_finite(losses, epoch, rates):
+    """Raise RunError if one of an epoch's losses [steps] is not finite; names the first."""
     bad = (~losses.isfinite()).nonzero().squeeze(1).tolist()
     if bad:
         lr, momentum = rates(epoch, bad[0])
@@ -158,12 +232,12 @@ def _stop_if_not_finite(losses, epoch, rates):
 # --- monitors: they look at test images, as the original's do -------------------------------------
 
 
-def monitor(network, images, mode, *, batch_size, size, mean, std):
+def monitor(network, images, mode, *, batch_size, size, mean, std, precision="fp32"):
     """Measure how well the classes of test images can be told, as a share in 0..1.
 
     Args:
         network: on its device. images: data.ImageSet of the test images.
-        mode: a value of MODES; the others as for train_epoch.
+        mode: a value of MODES; the others as for Step.
 
     Returns:
         float: top-1 accuracy of a classifier; else `knn_accuracy` of the head's outputs. None
@@ -173,7 +247,8 @@ def monitor(network, images, mode, *, batch_size, size, mean, std):
         return None
     kwargs = dict(batch_size=batch_size, size=size, mean=mean, std=std)
     device = next(network.parameters()).device
-    outputs = features.extract(network, images, **kwargs).to(device)
+    with autocast(device, precision):
+        outputs = features.extract(network, images, **kwargs).to(device)
     labels = images.labels.to(device)
     if not mode.contrastive:
         return float((outputs.argmax(dim=1) == labels).double().mean())

@@ -1,4 +1,4 @@
-"""Configuration, run folders, checkpoints, seeds, devices, logs: what the programs share.
+"""Configuration, files, checkpoints, seeds, devices: what the programs share.
 
 Nothing here knows the method. Errors: UserError is bad input (exit status 2), RunError a failure
 while running (1); either is one line on stderr (`program`).
@@ -6,16 +6,16 @@ while running (1); either is one line on stderr (`program`).
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
-import json
-import logging
 import math
 import os
 import pickle
 import platform
 import sys
 import tempfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +31,13 @@ class RunError(Exception):
     """A failure while running, in one line."""
 
 
+class Stopped(Exception):
+    """A signal ended the program, its state is saved: the same command goes on from there."""
+
+
+STOPPED = 75  # exit status of Stopped; EX_TEMPFAIL of sysexits.h: try again
+
+
 def program(main, bad_input=()):
     """Run a script's main; end on its errors with one line on stderr and the right exit status.
 
@@ -38,8 +45,8 @@ def program(main, bad_input=()):
         main: function without arguments.
         bad_input: types of exceptions that mean the same as UserError.
 
-    Exit status: 2 bad input, 1 a failure while running, 130 interrupted; an error that nobody
-    foresaw keeps its traceback.
+    Exit status: 2 bad input, 1 a failure while running, 75 stopped by a signal with the state
+    saved, 130 interrupted; an error that nobody foresaw keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         stream.reconfigure(errors="surrogateescape")
@@ -49,6 +56,9 @@ def program(main, bad_input=()):
         _die(error, 2)
     except (RunError, OSError) as error:
         _die(error, 1)
+    except Stopped as error:
+        note(error)
+        sys.exit(STOPPED)
     except torch.cuda.OutOfMemoryError as error:
         _die(f"out of GPU memory: {str(error).splitlines()[0]} A smaller --batch-size helps.", 1)
     except MemoryError:
@@ -69,7 +79,8 @@ def _die(message, status):
 
 def note(text):
     """Say one line on stderr that is no error."""
-    print(f"{Path(sys.argv[0]).name}: note: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+        print(f"{Path(sys.argv[0]).name}: note: {text}", file=sys.stderr, flush=True)
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -325,11 +336,15 @@ def make_folder(path, flag):
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="wb", **kwargs):
+def whole_file(path, mode="wb", before_naming=None, **kwargs):
     """Open a file that appears under its name only once it is whole and on the disk.
 
     Written to a temporary file beside its place, flushed, synced, renamed; on an error the
     temporary file goes and what stood there before stays.
+
+    Args:
+        path: where. mode, kwargs: of open().
+        before_naming: function called when the file is on the disk, before it takes its name.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a device, say, which a rename would replace
@@ -343,6 +358,8 @@ def whole_file(path, mode="wb", **kwargs):
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        if before_naming is not None:
+            before_naming()
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -355,75 +372,29 @@ def whole_file(path, mode="wb", **kwargs):
         raise
 
 
-def claim_run_folder(results_dir, exp_name, label):
-    """Make the next run folder RESULTS/EXP/N--label and point RESULTS/EXP/latest_exp at it.
-
-    Returns:
-        Path of the folder, which did not exist before: two programs never get the same one.
-
-    Raises:
-        UserError: the place can't be written to.
-    """
-    home = Path(results_dir) / exp_name
-    make_folder(home, "--results-dir")
-    taken = [int(n) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
-    run = max(taken, default=0) + 1
-    while True:
-        folder = home / f"{run}--{label}"
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:  # another program was faster
-            run += 1
-    (folder / "checkpoint").mkdir()
-    latest, pointer = home / "latest_exp", home / f".latest_exp.{os.getpid()}"
-    try:
-        pointer.symlink_to(folder.name)
-        os.replace(pointer, latest)
-    except OSError as error:  # a real folder of the original's stands there, or no symbolic links
-        pointer.unlink(missing_ok=True)
-        note(f"{latest} was not updated: {error.strerror}")
-    return folder
-
-
-class Log:
-    """Two logs of a run: readable lines and JSON records, each line written whole at once.
+def append_whole(path, data):
+    """Append bytes to a file, all or nothing: what a full disk cut off is taken back.
 
     Args:
-        text: path of the readable log, also shown on stdout. records: path of the JSON lines.
+        path: of a file, made where there is none. data: bytes, whole lines.
+
+    Raises:
+        OSError: the file is as it was.
     """
-
-    def __init__(self, text, records):
-        self._records = Path(records)
-        self._text = logging.getLogger(str(text))
-        self._text.propagate = False
-        self._text.setLevel(logging.INFO)
-        for handler in (logging.FileHandler(text, encoding="utf-8"),
-                        logging.StreamHandler(sys.stdout)):
-            handler.setFormatter(logging.Formatter("%(message)s"))
-            self._text.addHandler(handler)
-
-    def line(self, text):
-        """Write one readable line."""
-        self._text.info(text)
-
-    def record(self, **fields):
-        """Write one JSON line."""
-        with self._records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(handle).st_size
+        try:
+            if os.write(handle, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(handle, before)
+            raise
+    finally:
+        os.close(handle)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
-
-
-def save_checkpoint(path, state):
-    """Write a checkpoint so that no reader ever finds half of one.
-
-    Args:
-        path: where. state: tensors and plain types only, which `weights_only=True` can load.
-    """
-    with whole_file(path) as file:
-        torch.save(state, file)
 
 
 def _as_numpy_names(module):
@@ -446,6 +417,45 @@ HARMLESS = [
 ]
 
 
+def read_checkpoint(path, flag=""):
+    """Read a file of torch.save without running code from it, and see that it is whole.
+
+    Args:
+        path: of the file. flag: what an error calls it by, as "--ckpt ".
+
+    Returns:
+        what was saved, on the CPU.
+
+    Raises:
+        UserError: missing, empty, truncated, changed or foreign file, or code in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag}{path}: no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag}{path} is empty")
+    try:
+        if zipfile.is_zipfile(path):  # torch itself does not look at the checksums in it
+            with zipfile.ZipFile(path) as file:
+                if (record := file.testzip()) is not None:
+                    raise UserError(f"{flag}{path} is damaged: {record} has changed")
+        torch.serialization.add_safe_globals(HARMLESS)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        # torch's message is a page long; the one thing to know in it is the refused name
+        words = str(error).replace("`", " ").split()
+        refused = [w for before, w in itertools.pairwise(words) if before == "GLOBAL"]
+        if refused:
+            raise UserError(f"{flag}{path} holds more than tensors and plain types "
+                            f"({refused[0]}) and was not loaded: it could run code") from None
+        raise UserError(f"{flag}{path} is not a torch checkpoint, or damaged") from None
+    except Exception:  # truncated zip archives, foreign bytes: torch raises many types for them
+        raise UserError(f"{flag}{path} is not a torch checkpoint, or damaged") from None
+    return content
+
+
 def load_checkpoint(path):
     """Read a checkpoint of any dialect without running code from it.
 
@@ -460,24 +470,7 @@ def load_checkpoint(path):
     Raises:
         UserError: missing, empty, truncated or foreign file, code in it, or weights not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--ckpt {path}: no such file")
-    if path.stat().st_size == 0:
-        raise UserError(f"--ckpt {path} is empty")
-    try:
-        torch.serialization.add_safe_globals(HARMLESS)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's message is a page long; the one thing to know in it is the refused name
-        words = str(error).replace("`", " ").split()
-        refused = [w for before, w in itertools.pairwise(words) if before == "GLOBAL"]
-        if refused:
-            raise UserError(f"--ckpt {path} holds more than tensors and plain types "
-                            f"({refused[0]}) and was not loaded: it could run code") from None
-        raise UserError(f"--ckpt {path} is not a torch checkpoint, or damaged") from None
-    except Exception:  # truncated zip archives, foreign bytes: torch raises many types for them
-        raise UserError(f"--ckpt {path} is not a torch checkpoint, or damaged") from None
+    content = read_checkpoint(path, "--ckpt ")
     if not isinstance(content, dict) or not content:
         raise UserError(f"--ckpt {path} holds no weights: found {type(content).__name__}")
     key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), dict)), None)

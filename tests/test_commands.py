@@ -44,12 +44,13 @@ def test_training_writes_the_folders_logs_and_checkpoints_of_the_original(
     assert done.returncode == 0, done.stderr
     run = run_of(tmp_path)
     assert run.name == "1--dataset-npz-arch-resnet18-lr-0.05_epochs-2"
-    names = ["checkpoint", "checkpoint_1", "checkpoint_2", "model_best"]
+    names = ["checkpoint", "checkpoint_1", "checkpoint_2", "checkpoint_before", "model_best"]
     files = sorted(f.name for f in (run / "checkpoint").iterdir())
     assert files == [f"{n}.pth.tar" for n in names]
 
     saved = torch.load(run / "checkpoint/checkpoint.pth.tar", weights_only=True)
-    assert {"epoch", "arch", "state_dict", "best_prec1", "optimizer", "config"} == set(saved)
+    originals = {"epoch", "arch", "state_dict", "best_prec1", "optimizer"}
+    assert originals | {"config", "progress"} == set(saved)
     assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
     assert saved["config"]["training_mode"] == mode
     assert all(k.startswith(("encoder.", "head.")) for k in saved["state_dict"])

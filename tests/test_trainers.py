@@ -1,5 +1,7 @@
 """Schedule, views, monitors and epochs of training."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -91,11 +93,12 @@ def test_the_monitor_of_a_classifier_is_its_top_1_accuracy():
 
 @pytest.mark.parametrize("name", list(trainers.MODES))
 def test_views_are_a_function_of_seed_epoch_and_step(name):
-    pixels, mode = tiny_images().pixels, trainers.MODES[name]
+    images, mode = tiny_images(), trainers.MODES[name]
 
-    def views(*key):
-        torch.manual_seed(len(key))  # the global stream must not matter
-        return trainers.make_views(pixels, mode, 8, None, None, *key)
+    def views(seed, epoch, step):
+        torch.manual_seed(step)  # the global stream must not matter
+        made = trainers.Step(None, None, images, mode, size=8, seed=seed)
+        return made.views(images.pixels, epoch, step)
 
     first = views(1, 2, 3)
     assert first.shape == (mode.views * 12, 3, 8, 8)
@@ -106,23 +109,30 @@ def test_views_are_a_function_of_seed_epoch_and_step(name):
         assert not torch.equal(first[:12], first[12:])
 
 
-def train(name, images, **changes):
-    """Train a small network for two epochs; returns it, its losses and its reports."""
+def make_step(name, images, device="cpu", seed=7, lr=0.05, **settings):
+    """A Step of a small network with weights that are always the same."""
+    network = models.build_model("resnet18", name, 3, torch.Generator().manual_seed(1)).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9)
     mode = trainers.MODES[name]
-    network = models.build_model("resnet18", name, 3, torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    return trainers.Step(network, optimizer, images, mode, size=8, seed=seed, **settings)
+
+
+def train(name, images, seed=7, epochs=2, settings=None, **changes):
+    """Train a small network for two epochs; returns it, its losses and its reports."""
+    step = make_step(name, images, seed=seed, **(settings or {}))
     reports, losses = [], []
-    kwargs = dict(
-        rates=lambda epoch, step: (0.02, 0.9), batch_size=5, size=8, mean=None, std=None, seed=7,
-        temperature=0.5, print_freq=2, report=lambda *r: reports.append(r),
-    ) | changes
-    for epoch in range(2):
-        loss, speed = trainers.train_epoch(
-            network, optimizer, images, mode, epoch=epoch, draws=epoch, **kwargs
-        )
+    kwargs = dict(rates=lambda epoch, step: (0.02, 0.9), batch_size=5, seed=seed, print_freq=2,
+                  report=lambda *r: reports.append(r)) | changes
+    for epoch in range(epochs):
+        loss, speed = trainers.train_epoch(step, epoch=epoch, draws=epoch, **kwargs)
         losses.append(loss)
         assert speed > 0
-    return network, losses, reports
+    return step.network, losses, reports
+
+
+def assert_equal_states(first, second):
+    for (key, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
 
 
 @pytest.mark.parametrize("name", list(trainers.MODES))
@@ -133,8 +143,7 @@ def test_the_same_seed_trains_to_the_same_weights_and_another_does_not(name):
     second, again, _ = train(name, images)
     other, _, _ = train(name, images, seed=8)
     assert losses == again
-    for (key, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
+    assert_equal_states(first, second)
     assert not torch.equal(
         first.state_dict()["encoder.conv1.weight"], other.state_dict()["encoder.conv1.weight"]
     )
@@ -144,15 +153,15 @@ def test_the_same_seed_trains_to_the_same_weights_and_another_does_not(name):
 
 @pytest.mark.parametrize("name", list(trainers.MODES))
 def test_an_epoch_is_the_plain_loop_written_out(name):
-    images, mode = tiny_images(), trainers.MODES[name]
+    images = tiny_images()
     ours, losses, _ = train(name, images)
-    network = models.build_model("resnet18", name, 3, torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    by_hand = make_step(name, images, lr=0.02)
+    network, optimizer = by_hand.network, by_hand.optimizer
     means = []
     for epoch in range(2):
         total = 0.0
         for step, index in enumerate(data.epoch_order(12, 7, epoch).split(5)):
-            x = trainers.make_views(images.pixels[index], mode, 8, None, None, 7, epoch, step)
+            x = by_hand.views(images.pixels[index], epoch, step)
             out, y = network(x), images.labels[index]
             if name == "SupCE":
                 loss = torch.nn.functional.cross_entropy(out, y)
@@ -172,20 +181,82 @@ def test_an_epoch_is_the_plain_loop_written_out(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(trainers.MODES))
 def test_the_first_steps_on_the_gpu_are_those_of_the_cpu(name):
-    images, kwargs = tiny_images(), dict(batch_size=2, size=8, mean=None, std=None)
+    images = tiny_images()
     losses = {}
     for device in ("cpu", "cuda"):
         seen = losses.setdefault(device, [])
-        network = models.build_model("resnet18", name, 3, torch.Generator().manual_seed(1))
-        network.to(device)
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+        step = make_step(name, data.to(images, device), device, lr=1e-4)
         trainers.train_epoch(
-            network, optimizer, data.to(images, device), trainers.MODES[name], epoch=0, draws=0,
-            rates=lambda epoch, step: (1e-4, 0.9), seed=7, temperature=0.5, print_freq=1,
-            report=lambda epoch, step, loss, speed, seen=seen: seen.append(loss), **kwargs,
+            step, epoch=0, draws=0, rates=lambda epoch, step: (1e-4, 0.9), seed=7, batch_size=2,
+            print_freq=1, report=lambda epoch, step, loss, speed, seen=seen: seen.append(loss),
         )
-        assert trainers.monitor(network, images, trainers.MODES[name], **kwargs) is not None
+        kwargs = dict(batch_size=2, size=8, mean=None, std=None)
+        assert trainers.monitor(step.network, images, step.mode, **kwargs) is not None
     assert losses["cuda"][:3] == pytest.approx(losses["cpu"][:3], rel=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(trainers.MODES))
+def test_no_step_waits_for_the_gpu(name):
+    step = make_step(name, data.to(tiny_images(), "cuda"), "cuda")
+    index = torch.arange(6, device="cuda")
+    step(index, 0, 0, 0.02, 0.9)  # the first call may set things up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(index, 0, 1, 0.02, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", list(trainers.MODES))
+@pytest.mark.parametrize("broken_off", [1, 2, 3])
+def test_an_epoch_taken_up_in_the_middle_ends_as_the_unbroken_one(name, broken_off):
+    images, states, reports = tiny_images(), [], []
+    whole = make_step(name, images)
+    kwargs = dict(rates=lambda epoch, step: (0.02, 0.9), batch_size=5, seed=7, print_freq=2,
+                  epoch=0, draws=0)
+
+    def keep(epoch, step, losses):
+        weights = {k: v.clone() for k, v in whole.network.state_dict().items()}
+        states.append((weights, copy.deepcopy(whole.optimizer.state_dict()), losses.clone()))
+
+    expected, _ = trainers.train_epoch(
+        whole, report=lambda *r: reports.append(r[:3]), after_step=keep, **kwargs
+    )
+    weights, optimizer, losses = states[broken_off - 1]
+    rest = make_step(name, images)
+    rest.network.load_state_dict(weights)
+    rest.optimizer.load_state_dict(optimizer)
+    again = []
+    loss, _ = trainers.train_epoch(
+        rest, report=lambda *r: again.append(r[:3]), first=broken_off, losses=losses, **kwargs
+    )
+    assert loss == expected
+    assert_equal_states(whole.network, rest.network)
+    assert again == [r for r in reports if r[1] >= broken_off]
+
+
+@pytest.mark.parametrize("settings", [
+    {"precision": "bf16"}, {"channels_last": True}, {"precision": "bf16", "channels_last": True},
+])
+def test_fast_settings_train_along_the_same_curve(settings):
+    kwargs = dict(epochs=3, batch_size=12, rates=lambda epoch, step: (1e-3, 0.9))
+    _, plain, _ = train("SimCLR", tiny_images(), **kwargs)
+    _, fast, _ = train("SimCLR", tiny_images(), settings=settings, **kwargs)
+    assert fast == pytest.approx(plain, rel=1e-2)
+    assert fast != plain or "precision" not in settings
+
+
+def test_bf16_leaves_outputs_and_weights_in_float32():
+    step = make_step("SimCLR", tiny_images(), precision="bf16")
+    loss = step(torch.arange(12), 0, 0, 0.02, 0.9)
+    assert loss.dtype == torch.float32
+    assert {v.dtype for v in step.network.parameters()} == {torch.float32}
+    views = step.views(tiny_images().pixels, 0, 0)
+    with trainers.autocast(views.device, "bf16"):
+        out = step.network(views)
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out.detach().norm(dim=1), 1, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rates():

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -92,32 +91,6 @@ def test_generators_are_functions_of_their_key():
     assert len({tuple(draw(*k)) for k in keys}) == len(keys)
 
 
-def test_runs_are_numbered_and_latest_exp_points_to_the_last(tmp_path):
-    first = utils.claim_run_folder(tmp_path / "a/b", "exp", "x")
-    second = utils.claim_run_folder(tmp_path / "a/b", "exp", "y")
-    assert (first.name, second.name) == ("1--x", "2--y")
-    latest = tmp_path / "a/b/exp/latest_exp"
-    assert latest.is_symlink()
-    assert os.readlink(latest) == "2--y"
-    (tmp_path / "a/b/exp/7--of-the-original").mkdir()
-    assert utils.claim_run_folder(tmp_path / "a/b", "exp", "z").name == "8--z"
-    assert (latest / "checkpoint").is_dir()
-
-
-def test_two_programs_never_get_the_same_run_folder(tmp_path):
-    got = []
-
-    def claim():
-        got.append(utils.claim_run_folder(tmp_path, "exp", "x"))
-
-    threads = [threading.Thread(target=claim) for _ in range(16)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert len({g.name for g in got}) == 16
-
-
 def test_a_file_that_fails_halfway_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
@@ -197,16 +170,17 @@ def test_numpy_objects_other_than_a_float_are_refused(tmp_path):
 def test_what_is_saved_loads_without_running_code(tmp_path):
     path = tmp_path / "x.pth.tar"
     config = utils.plain({"in_classes": (0, 1), "lr": 0.5, "size": 8, "ckpt": None})
-    utils.save_checkpoint(path, {"state_dict": network_state(), "epoch": 1, "config": config})
+    torch.save({"state_dict": network_state(), "epoch": 1, "config": config}, path)
     content = torch.load(path, weights_only=True)
     assert content["config"] == {"in_classes": [0, 1], "lr": 0.5, "size": 8, "ckpt": None}
     json.dumps(content["config"])
 
 
-def test_checkpoints_follow_the_umask(tmp_path):
+def test_whole_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        utils.save_checkpoint(tmp_path / "x", {"a": torch.zeros(1)})
+        with utils.whole_file(tmp_path / "x") as file:
+            file.write(b"x")
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640

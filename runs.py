@@ -1,0 +1,462 @@
+"""Run folders: which run a command starts or continues, who holds it, and what is kept in it.
+
+    run = open_run("results", "temp", label, config, images)   # a new folder, or an unfinished run
+    store = Checkpoints(run.folder / "checkpoint")
+    saved = store.newest()                                     # None where nothing was saved yet
+    log = Log(run.folder, keep=saved and saved["progress"]["log_bytes"])
+    with stop_on_signals() as stop: ...                        # SIGTERM, SIGUSR1, SIGINT
+
+The state of a run is its checkpoint: what was logged or saved after it is made again when the run
+is taken up. Nothing here depends on a clock being right.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import io
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import utils
+from utils import UserError
+
+# Flags that say where things are and how often they are written: no weight depends on them, so a
+# run may be continued with others.
+UNCOUNTED = ("config", "results_dir", "exp_name", "data_dir", "no_download", "no_resume",
+             "print_freq", "save_freq", "save_steps", "fast", "method", "gpu")
+
+
+# --- which run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that this process holds.
+
+    Attributes:
+        folder: RESULTS/EXP/N--label. taken_up: whether it was there before.
+    """
+
+    folder: Path
+    taken_up: bool
+
+
+def open_run(results_dir, exp_name, label, config, images, resume=True):
+    """Take up the newest run of this name and configuration, or start the next number.
+
+    Args:
+        results_dir, exp_name: the run folders are RESULTS/EXP/N--label.
+        label: of a new folder.
+        config: dict of plain types, the resolved configuration; UNCOUNTED keys don't count.
+        images: dict of hashes of the training and test images.
+        resume: False starts the next number whatever is there.
+
+    Returns:
+        Run. A finished run is never taken up.
+
+    Raises:
+        UserError: another live process holds the run, its images were others, or the place can't
+            be written to.
+    """
+    home = Path(results_dir) / exp_name
+    utils.make_folder(home, "--results-dir")
+    settings = json.loads(json.dumps({"config": config, "images": images}))
+    while True:
+        with _alone(home):  # two equal commands at once must not both find nothing
+            known = _known_runs(home) if resume else []
+            same = next((k for k in known if not _changed(k[1], settings)), None)
+            if same is None or finished(same[0]):
+                _say_what_changed(known, settings)
+                return Run(_start(home, label, settings), taken_up=False)
+        folder, before = same
+        for split, digest in settings["images"].items():
+            if before["images"].get(split) != digest:
+                raise UserError(
+                    f"the {split} images are not those that {folder} was started with: their "
+                    f"sha256 is {digest}, it was {before['images'].get(split)}; put the old ones "
+                    "back, or start anew with --no-resume")
+        claim = Claim(folder)
+        claim.take()
+        if not finished(folder):  # while we waited for the claim
+            return Run(folder, taken_up=True)
+        claim.release()
+
+
+def finished(folder):
+    """Tell whether a run is done: whether its last record is that of the end."""
+    try:
+        with open(Path(folder) / "log.jsonl", "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 4096))
+            last = file.read().splitlines(keepends=True)[-1:]
+        return bool(last) and last[0].endswith(b"\n") and json.loads(last[0])["event"] == "end"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _known_runs(home):
+    """(folder, settings) of the runs of a name whose settings can be read, newest first."""
+    found = []
+    for folder in home.iterdir():
+        number = folder.name.partition("--")[0]
+        with contextlib.suppress(OSError, ValueError):
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if number.isdecimal() and {"config", "images"} <= settings.keys():
+                found.append((int(number), folder, settings))
+    return [(folder, settings) for _, folder, settings in sorted(found, reverse=True,
+                                                                 key=lambda f: f[0])]
+
+
+def _changed(before, settings):
+    """Keys of the configuration that count and differ."""
+    old, new = before["config"], settings["config"]
+    keys = [*new, *(k for k in old if k not in new)]
+    return [k for k in keys if k not in UNCOUNTED and old.get(k, ...) != new.get(k, ...)]
+
+
+def _say_what_changed(known, settings):
+    """Note why the newest unfinished run is not continued."""
+    for folder, before in known:
+        changed = _changed(before, settings)
+        if changed and not finished(folder):
+            what = ", ".join(f"{k.replace('_', '-')} {before['config'].get(k)} there, "
+                             f"{settings['config'].get(k)} here" for k in changed)
+            utils.note(f"{folder} is unfinished, but its settings differ ({what}): a new run")
+            return
+
+
+def _start(home, label, settings):
+    """Make and claim the next run folder; point latest_exp at it."""
+    taken = [int(n) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = home / f"{number}--{label}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:  # another program was faster
+            number += 1
+    (folder / "checkpoint").mkdir()
+    Claim(folder).take()
+    with utils.whole_file(folder / "config.json", "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=1)
+        file.write("\n")
+    latest, pointer = home / "latest_exp", home / f".latest_exp.{number}"
+    try:
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(folder.name)
+        os.replace(pointer, latest)
+    except OSError as error:  # a real folder of the original's stands there, or no symbolic links
+        pointer.unlink(missing_ok=True)
+        utils.note(f"{latest} was not updated: {error.strerror}")
+    return folder
+
+
+@contextlib.contextmanager
+def _alone(home):
+    """Hold the lock of an experiment's folder; where the file system has none, go on without."""
+    with open(home / ".lock", "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- who holds it ---------------------------------------------------------------------------------
+
+BEAT = 10.0  # seconds between two signs of life of a claim
+BEATS_MISSED = 3  # after which a claim of another machine counts as dead
+
+
+class Claim:
+    """Hold a run folder for one live process.
+
+    The claim is a lock on RUN/claim.json, which ends with its process however that dies, and the
+    file says who: host, pid, start time of the process. Locks do not reach other machines on every
+    file system, so a claim written on another machine counts as dead only once its beat stands
+    still; no two clocks are compared.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder):
+        self._folder, self._path = Path(folder), Path(folder) / "claim.json"
+        self._me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(),
+                    "started": _started(os.getpid())}
+        self._ended, self._thread = threading.Event(), None
+
+    def take(self):
+        """Take the claim, over from a dead process where there was one; held until the exit.
+
+        Raises:
+            UserError: a live process holds it.
+        """
+        locked = self._open()
+        holder = self._read()
+        if locked is False or (holder and self._lives(holder, locked)):
+            os.close(self._handle)
+            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+            raise UserError(f"{self._folder} is being trained by {who}; --no-resume starts another "
+                            "run with the same settings")
+        if holder:
+            utils.note(f"{self._folder}: process {holder['pid']} on {holder['host']} is gone; "
+                       "its run is taken over")
+        self._write(0)
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True)
+        self._thread.start()
+        atexit.register(self.release)
+
+    def release(self):
+        """Give the claim back, so that nobody has to find out whether its process lives."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._thread.join()
+            os.ftruncate(self._handle, 0)
+            os.close(self._handle)
+
+    def _open(self):
+        """Whether the lock is ours; None where the file system has no locks."""
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:
+            return None
+
+    def _read(self):
+        """What the file says of its holder, None where it is empty or cut off."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            holder = json.loads(os.pread(self._handle, 4096, 0))
+            return {k: holder[k] for k in ("host", "boot", "pid", "started", "beat")}
+        return None
+
+    def _lives(self, holder, locked):
+        if holder["boot"] == self._me["boot"] is not None:
+            # A lock of this machine would have been found; without locks the process is looked up
+            return not locked and _started(holder["pid"]) == holder["started"]
+        utils.note(f"{self._folder} was claimed by process {holder['pid']} on {holder['host']}; "
+                   f"waiting {BEAT * BEATS_MISSED:.0f} s for a sign of life")
+        time.sleep(BEAT * BEATS_MISSED)
+        os.close(self._handle)  # a network file system looks again when a file is opened
+        return self._open() is False or self._read() != holder
+
+    def _write(self, beat):
+        line = json.dumps(self._me | {"beat": beat}).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk takes no beat, and must not end the run
+            os.pwrite(self._handle, line, 0)
+            os.ftruncate(self._handle, len(line))
+
+    def _keep_beating(self):
+        beat = 0
+        while not self._ended.wait(BEAT):
+            beat += 1
+            self._write(beat)
+
+
+def _boot():
+    """The id of this start of this machine, None where the system has none."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None
+
+
+def _started(pid):
+    """When a process of this machine was started, in ticks since boot; None where there is none."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return None
+
+
+# --- what is kept in it ---------------------------------------------------------------------------
+
+
+class Log:
+    """Two logs of a run: readable lines (setup.log, and stdout) and JSON records (log.jsonl).
+
+    Lines are written whole. Where the disk takes none, they wait in memory and go first the next
+    time; a full disk never ends a run.
+
+    Args:
+        folder: the run folder.
+        keep: bytes of the records that stay; later ones are of steps that will be made again.
+    """
+
+    def __init__(self, folder, keep=0):
+        self._waiting = {}
+        for name in ("setup.log", "log.jsonl"):
+            path = Path(folder) / name
+            self._waiting[path] = b""
+            path.touch()
+        self._text, self._records = self._waiting
+        os.truncate(self._records, min(keep, self.size))
+
+    @property
+    def size(self):
+        """Bytes of the records, those that wait included."""
+        return self._records.stat().st_size + len(self._waiting[self._records])
+
+    def line(self, text):
+        """Write one readable line."""
+        with contextlib.suppress(OSError):  # a closed pipe, a full disk behind stdout
+            print(text, flush=True)
+        self._add(self._text, text)
+
+    def record(self, **fields):
+        """Write one JSON line."""
+        self._add(self._records, json.dumps(fields))
+
+    def sync(self):
+        """Bring the records to the disk; returns whether all of them are there.
+
+        Checkpoints name a length of the records, so these go first.
+        """
+        with contextlib.suppress(OSError), open(self._records, "rb+") as file:
+            os.fsync(file.fileno())
+            return not self._waiting[self._records]
+        return False
+
+    def _add(self, path, text):
+        held = bool(self._waiting[path])
+        self._waiting[path] += text.encode(errors="surrogateescape") + b"\n"
+        try:
+            utils.append_whole(path, self._waiting[path])
+            self._waiting[path] = b""
+        except OSError as error:
+            if not held:
+                utils.note(f"{path} cannot be written to ({error.strerror}); its lines wait")
+
+
+class Checkpoints:
+    """The checkpoints of a run: written whole, the one before kept, failed writes tried again.
+
+    Args:
+        folder: where they are.
+    """
+
+    NEWEST, BEFORE = "checkpoint.pth.tar", "checkpoint_before.pth.tar"
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+        self._waiting = {}
+
+    @property
+    def missing(self):
+        """Names of checkpoints that could not be written yet."""
+        return list(self._waiting)
+
+    def save(self, state, names=()):
+        """Write the newest checkpoint, after copies of it under other names.
+
+        A kill between two of them loses none: the newest, from which a run goes on, comes last. A
+        failed write is noted and tried again at the next call; the file that was there stays.
+
+        Args:
+            state: tensors and plain types only.
+            names: of the copies, as "model_best.pth.tar".
+        """
+        buffer = io.BytesIO()  # torch's own writer does not say why a write to a file fails
+        torch.save(state, buffer)
+        self._waiting.pop(self.NEWEST, None)
+        self._waiting |= dict.fromkeys([*names, self.NEWEST], buffer.getbuffer())
+        for name in list(self._waiting):
+            try:
+                before = self._keep_the_one_before if name == self.NEWEST else None
+                with utils.whole_file(self._folder / name, before_naming=before) as file:
+                    file.write(self._waiting[name])
+            except OSError as error:
+                utils.note(f"{self._folder / name} was not written ({error.strerror}); what was "
+                           "there stays, training goes on and tries again")
+                return
+            del self._waiting[name]
+
+    def _keep_the_one_before(self):
+        """Give the newest checkpoint a second name, which stays when the next one takes its first.
+
+        Called once the next one is whole on the disk, so at any moment one whole file has a name.
+        """
+        newest, link = self._folder / self.NEWEST, self._folder / f".{self.BEFORE}"
+        if not newest.exists():
+            return
+        link.unlink(missing_ok=True)
+        try:
+            os.link(newest, link)
+        except OSError:  # a file system without links: the name moves
+            os.replace(newest, self._folder / self.BEFORE)
+        else:
+            os.replace(link, self._folder / self.BEFORE)
+
+    def newest(self):
+        """Read the newest checkpoint that is whole.
+
+        Returns:
+            what was saved, on the CPU; None where nothing was. A damaged file is noted and put
+            aside, and the one before it is read.
+
+        Raises:
+            UserError: there are checkpoints and none is whole.
+        """
+        numbered = sorted(self._folder.glob("checkpoint_[0-9]*.pth.tar"),
+                          key=lambda f: -int("0" + "".join(filter(str.isdigit, f.name))))
+        tried = []
+        for path in (self._folder / self.NEWEST, self._folder / self.BEFORE, *numbered):
+            if not path.exists():
+                continue
+            try:
+                content = utils.read_checkpoint(path)
+                if isinstance(content, dict) and "progress" in content:
+                    if tried:
+                        utils.note(f"continuing from {path}, the newest whole checkpoint")
+                    return content
+                reason = f"{path} has no record of its progress"
+            except UserError as error:
+                reason = str(error)
+            aside = path.with_name(path.name + ".damaged")
+            os.replace(path, aside)  # or it would take the place of a whole one at the next save
+            utils.note(f"{reason}; put aside as {aside.name}")
+            tried.append(path)
+        if tried:
+            raise UserError(f"no whole checkpoint in {self._folder}; --no-resume starts a new run")
+        return None
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Whether a signal asked the program to end.
+
+    Attributes:
+        signal: its name, None as long as there was none.
+    """
+
+    signal = None
+
+
+@contextlib.contextmanager
+def stop_on_signals():
+    """Let SIGTERM, SIGUSR1 and SIGINT ask for an end instead of bringing it; yields a Stop.
+
+    A second SIGINT ends the program at once.
+    """
+    stop = Stop()
+
+    def ask(number, frame):
+        stop.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 #
 #   make demo     train on real digits and detect outliers, about 2 minutes
 #   make test     the tests, a few minutes
+#   make test-faults   kills, full disks, damaged files: a quarter of an hour, prints a table
 #   make lint     ruff
 #   make costs    peak memory and time of features and detection
 #
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint costs clean
+.PHONY: demo test test-faults lint costs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -20,6 +21,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-faults: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
 
 lint: $(VENV)/ready-dev
 	$(BIN)/python -m ruff check .

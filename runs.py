@@ -75,7 +75,9 @@ def open_run(results_dir, exp_name, label, config, images, resume=True):
             same = next((k for k in known if not _changed(k[1], settings)), None)
             if same is None or finished(same[0]):
                 _say_what_changed(known, settings)
-                return Run(_start(home, label, settings), taken_up=False)
+                run = Run(_start(home, label, settings), taken_up=False)
+                _point(home, run.folder)
+                return run
         folder, before = same
         for split, digest in settings["images"].items():
             if before["images"].get(split) != digest:
@@ -86,6 +88,7 @@ def open_run(results_dir, exp_name, label, config, images, resume=True):
         claim = Claim(folder)
         claim.take()
         if not finished(folder):  # while we waited for the claim
+            _point(home, folder)
             return Run(folder, taken_up=True)
         claim.release()
 
@@ -133,7 +136,7 @@ def _say_what_changed(known, settings):
 
 
 def _start(home, label, settings):
-    """Make and claim the next run folder; point latest_exp at it."""
+    """Make and claim the next run folder."""
     taken = [int(n) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
     number = max(taken, default=0) + 1
     while True:
@@ -148,7 +151,12 @@ def _start(home, label, settings):
     with utils.whole_file(folder / "config.json", "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=1)
         file.write("\n")
-    latest, pointer = home / "latest_exp", home / f".latest_exp.{number}"
+    return folder
+
+
+def _point(home, folder):
+    """Let RESULTS/EXP/latest_exp be the run that is trained now."""
+    latest, pointer = home / "latest_exp", home / f".latest_exp.{folder.name}"
     try:
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(folder.name)
@@ -156,7 +164,6 @@ def _start(home, label, settings):
     except OSError as error:  # a real folder of the original's stands there, or no symbolic links
         pointer.unlink(missing_ok=True)
         utils.note(f"{latest} was not updated: {error.strerror}")
-    return folder
 
 
 @contextlib.contextmanager

@@ -264,8 +264,9 @@ def main(argv=None):
     def save(epoch, step, losses=None, names=()):
         """Save the state at a step of an epoch; `epoch` may be the one after the last."""
         if not trainers.is_finite(network):  # the last step's loss came before its update
-            raise utils.RunError(f"weights are not finite at epoch {epoch}, step {step}; stopped, "
-                                 "the checkpoints of earlier steps are untouched")
+            where = f"step {step} of epoch {epoch}" if step else f"epoch {epoch - 1}"
+            raise utils.RunError(f"weights are not finite after {where}; stopped, the checkpoints "
+                                 "of earlier steps are untouched")
         log.sync()
         checkpoints.save({
             "epoch": max(epoch, 0),  # of the main part that are done

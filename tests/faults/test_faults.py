@@ -1,0 +1,280 @@
+"""Many faults, each caused for real, and the table of what they cost (about 15 minutes).
+
+    make test-faults
+
+Every test breaks a small training in one way, types the same command again until it ends, and
+compares the end with that of the unbroken run, bit for bit. The short ones of the kind are in
+tests/test_resume.py. The table is printed at the end and written to fault_table.txt below
+pytest's temporary folder.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from test_resume import assert_equal, end_of  # noqa: E402 (its folder is known only now)
+
+FLAGS = ("--arch", "resnet18", "--size", 8, "--epochs", 3, "--batch-size", 16, "--lr", 0.01,
+         "--print-freq", 1, "--normalize", "--warmup")
+MODES = ("SimCLR", "SupCon", "SupCE")
+ROWS = []
+
+
+def typed(npz, mode="SupCE", *flags):
+    """The command of a training, as a list."""
+    return [sys.executable, str(ROOT / "train.py"), "--dataset", f"npz:{npz}",
+            *map(str, FLAGS), "--training-mode", mode, *map(str, flags)]
+
+
+def run(line, home, **kwargs):
+    return subprocess.run(line, cwd=home, capture_output=True, text=True, check=False, **kwargs)
+
+
+def record(fault, tries, lost, equal):
+    ROWS.append(f"{fault:44} {tries:>5}   {lost:>14}   {equal}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(tmp_path_factory, request):
+    yield
+    head = f"{'fault':44} {'tries':>5}   {'lost steps':>14}   end equal to the unbroken run"
+    text = "\n".join([head, *ROWS])
+    (tmp_path_factory.getbasetemp() / "fault_table.txt").write_text(text + "\n")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\n{text}\n")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_npz):
+    """Function (mode, flags) -> the end of a run that nothing broke."""
+    ends = {}
+
+    def train(mode="SupCE", *flags):
+        if (mode, flags) not in ends:
+            home = tmp_path_factory.mktemp("unbroken")
+            done = run(typed(tiny_npz, mode, *flags), home)
+            assert done.returncode == 0, done.stderr
+            ends[mode, flags] = end_of(home)
+            shutil.rmtree(home)
+        return ends[mode, flags]
+
+    return train
+
+
+def steps_logged(home):
+    """How many steps a run's log has, 0 without one."""
+    logs = list((home / "results/temp").glob("1--*/log.jsonl"))
+    lines = logs[0].read_text().splitlines(keepends=True) if logs else []
+    return sum(line.endswith("\n") and json.loads(line)["event"] == "step" for line in lines)
+
+
+def resumed_at(home, steps_per_epoch=3, warm=10):
+    """The step of the whole run from which the last start went on."""
+    log = next((home / "results/temp").glob("1--*/log.jsonl"))
+    for line in reversed(log.read_text().splitlines()):
+        event = json.loads(line)
+        if event["event"] == "resume":
+            return (event["epoch"] + warm) * steps_per_epoch + event["step"]
+    return 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kills_at_random_moments_cost_no_more_than_the_steps_since_the_last_save(
+    mode, unbroken, tmp_path, tiny_npz
+):
+    """50 kills in all: a process is killed within seconds of its first step."""
+    kills, rng = {"SimCLR": 20, "SupCon": 15, "SupCE": 15}[mode], random.Random(mode)
+    line, lost, done, home = typed(tiny_npz, mode, "--save-steps", 1), [], 0, tmp_path / "0"
+    home.mkdir()
+    for kill in range(kills):
+        process = subprocess.Popen(line, cwd=home, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        before, began = steps_logged(home), time.monotonic()
+        while steps_logged(home) <= before and process.poll() is None:
+            time.sleep(0.01)  # importing takes longer than anything else; do not kill that only
+            before = min(before, steps_logged(home))
+            assert time.monotonic() - began < 240
+        time.sleep(rng.uniform(0, 0.8))
+        process.kill()
+        if process.wait() == 0:  # it was at its end: that run is compared, and another begins
+            assert_equal(unbroken(mode, "--save-steps", 1), end_of(home))
+            done += 1
+            home = tmp_path / str(kill + 1)
+            home.mkdir()
+            continue
+        reached = steps_logged(home)
+        if kill:
+            assert resumed_at(home) <= reached
+        lost.append((home, reached))
+        if len(lost) > 1 and lost[-2][0] == home:
+            lost[-2] = (home, lost[-2][1] - resumed_at(home))
+    last = run(line, home)
+    assert last.returncode == 0, last.stderr
+    assert_equal(unbroken(mode, "--save-steps", 1), end_of(home))
+    counts = [n for _, n in lost[:-1]]
+    assert max(counts) <= 2  # the step of the save that was cut off, and the one after the last
+    record(f"SIGKILL at a random moment, {mode}", kills,
+           f"{sum(counts) / len(counts):.1f}, at most {max(counts)}", "yes")
+
+
+@pytest.mark.parametrize("place", ["sync", "rename", "link", "append", "monitor", "step"])
+def test_kills_at_every_stage_of_a_save(place, unbroken, tmp_path, tiny_npz):
+    line = typed(tiny_npz, "SupCE", "--save-steps", 2)
+    tries = (1, 2, 3, 5, 8) if place != "monitor" else (1, 2, 3)
+    for n in tries:
+        killed = run([sys.executable, str(ROOT / "tests/kill_at.py"), place, str(n), *line[1:]],
+                     tmp_path)
+        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+    last = run(line, tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert_equal(unbroken("SupCE", "--save-steps", 2), end_of(tmp_path))
+    record(f"SIGKILL just before a {place}", len(tries), "at most 2", "yes")
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, tiny_npz):
+    """A run that was killed half-way, with a newest checkpoint and the one before."""
+    home = tmp_path_factory.mktemp("half")
+    killed = run([sys.executable, str(ROOT / "tests/kill_at.py"), "step", "20",
+                  *typed(tiny_npz)[1:]], home)
+    assert killed.returncode == -signal.SIGKILL
+    return home
+
+
+@pytest.mark.parametrize("percent", range(0, 100, 10))
+def test_a_checkpoint_cut_off_costs_the_steps_since_the_one_before(
+    percent, half, unbroken, tmp_path, tiny_npz
+):
+    home = tmp_path / "home"
+    shutil.copytree(half, home, symlinks=True)
+    (newest,) = home.glob("results/temp/1--*/checkpoint/checkpoint.pth.tar")
+    os.truncate(newest, newest.stat().st_size * percent // 100)
+    last = run(typed(tiny_npz), home)
+    assert last.returncode == 0, last.stderr
+    assert "put aside as checkpoint.pth.tar.damaged" in last.stderr
+    assert_equal(unbroken(), end_of(home))
+    record(f"checkpoint cut at {percent} % of its length", 1, steps_logged(half) - resumed_at(home),
+           "yes")
+    shutil.rmtree(home)
+
+
+def test_a_checkpoint_with_flipped_bytes_costs_the_same(half, unbroken, tmp_path, tiny_npz):
+    rng = random.Random(0)
+    lost = []
+    for n in range(6):
+        home = tmp_path / str(n)
+        shutil.copytree(half, home, symlinks=True)
+        (newest,) = home.glob("results/temp/1--*/checkpoint/checkpoint.pth.tar")
+        with newest.open("r+b") as file:
+            file.seek(rng.randrange(newest.stat().st_size))
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 0xFF]))
+        last = run(typed(tiny_npz), home)
+        assert last.returncode == 0, last.stderr
+        assert_equal(unbroken(), end_of(home))
+        lost.append(steps_logged(half) - resumed_at(home))
+        shutil.rmtree(home)
+    record("checkpoint with a flipped byte", len(lost), f"at most {max(lost)}", "yes")
+
+
+def test_a_full_disk_costs_nothing_once_there_is_room(unbroken, tmp_path, tiny_npz):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)],
+                             check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        full = run(typed(tiny_npz), disk)  # room for one checkpoint, not for two
+        assert full.returncode == 1
+        assert "No space left on device" in full.stderr
+        assert "could not be written" in full.stderr.splitlines()[-1]
+        assert "Traceback" not in full.stderr
+        reached = steps_logged(disk)
+        grown = subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+        assert grown.returncode == 0
+        last = run(typed(tiny_npz), disk)
+        assert last.returncode == 0, last.stderr
+        assert_equal(unbroken(), end_of(disk))
+        record("full disk, the same command after making room", 1, reached - resumed_at(disk),
+               "yes")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_full_to_the_last_byte_ends_no_run(unbroken, tmp_path, tiny_npz):
+    """The logs cannot be written either; their lines come when there is room again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(disk)],
+                             check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        process = subprocess.Popen(typed(tiny_npz), cwd=disk, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True)
+        while steps_logged(disk) < 7:
+            assert process.poll() is None
+            time.sleep(0.05)
+        filler = disk / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], check=False,
+                       capture_output=True)
+        time.sleep(2)
+        filler.unlink()
+        err = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, err
+        assert "No space left on device" in err
+        assert_equal(unbroken(), end_of(disk))
+        record("disk full for two seconds", 1, 0, "yes")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_clock_set_back_changes_nothing(half, unbroken, tmp_path, tiny_npz):
+    """All that the run wrote lies a year in the future."""
+    home = tmp_path / "home"
+    shutil.copytree(half, home, symlinks=True)
+    later = time.time() + 365 * 86400
+    for path in home.rglob("*"):
+        os.utime(path, (later, later), follow_symlinks=False)
+    last = run(typed(tiny_npz), home)
+    assert last.returncode == 0, last.stderr
+    assert_equal(unbroken(), end_of(home))
+    record("clock set back by a year", 1, steps_logged(half) - resumed_at(home), "yes")
+
+
+def test_two_starts_at_once_never_share_a_run(tmp_path, tiny_npz):
+    tries = 20
+    line = typed(tiny_npz, "SupCE")
+    refused = 0
+    for n in range(tries):
+        home = tmp_path / str(n)
+        home.mkdir()
+        both = [subprocess.Popen(line, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 text=True) for _ in range(2)]
+        # The loser says so before it trains; then the winner has shown that it goes on
+        while all(p.poll() is None for p in both):
+            time.sleep(0.05)
+        loser = next(p for p in both if p.poll() is not None)
+        winner = next(p for p in both if p is not loser)
+        assert loser.returncode == 2
+        assert "is being trained by process" in loser.communicate()[1]
+        refused += 1
+        assert len(list((home / "results/temp").glob("[0-9]*"))) == 1
+        assert winner.poll() is None
+        winner.send_signal(signal.SIGKILL)
+        winner.communicate()
+        shutil.rmtree(home)
+    record("two starts at once", tries, "-", f"one trained, the other was refused {refused} times")

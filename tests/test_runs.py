@@ -1,0 +1,351 @@
+"""Run folders: which one a command gets, who holds it, and what survives a fault."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import runs
+import utils
+
+CONFIG = {"arch": "resnet18", "lr": 0.1, "in_classes": [0, 1], "print_freq": 100, "mean": None}
+IMAGES = {"train": "aa", "test": None}
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Function (config changes) -> the Run that a command would get; claims are given back."""
+    monkeypatch.setattr(runs.atexit, "register", lambda release: release())
+
+    def run(resume=True, images=IMAGES, label="x", **changes):
+        return runs.open_run(tmp_path, "exp", label, CONFIG | changes, images, resume)
+
+    return run
+
+
+def finish(run):
+    (run.folder / "log.jsonl").write_text('{"event": "start"}\n{"event": "end"}\n')
+
+
+def test_runs_are_numbered_and_latest_exp_points_to_the_last(start, tmp_path):
+    first, second = start(label="x"), start(label="y", lr=0.2)
+    assert (first.folder.name, second.folder.name) == ("1--x", "2--y")
+    latest = tmp_path / "exp/latest_exp"
+    assert os.readlink(latest) == "2--y"
+    (tmp_path / "exp/7--of-the-original").mkdir()
+    assert start(label="z", lr=0.3).folder.name == "8--z"
+    assert (latest / "checkpoint").is_dir()
+
+
+def test_two_programs_never_get_the_same_run_folder(start):
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(start(resume=False))) for _ in range(16)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len({g.folder for g in got}) == 16
+
+
+def test_an_unfinished_run_of_the_same_configuration_is_taken_up(start, capsys):
+    first = start()
+    assert not first.taken_up
+    again = start()
+    assert (again.folder, again.taken_up) == (first.folder, True)
+    assert capsys.readouterr().err == ""
+    (first.folder.parent / "latest_exp").unlink()  # a kill may have come before it was made
+    start()
+    assert (first.folder.parent / "latest_exp").resolve() == first.folder.resolve()
+
+
+def test_how_often_things_are_written_is_no_other_configuration(start):
+    assert start(print_freq=1, save_steps=5, no_resume=False).folder == start().folder
+
+
+def test_a_finished_run_starts_the_next_number(start):
+    first = start()
+    finish(first)
+    assert start().folder.name == "2--x"
+
+
+@pytest.mark.parametrize("last", ['{"event": "end"', "", '{"event": "epoch"}\n', "[]\n"])
+def test_a_run_whose_last_record_is_not_a_whole_end_is_unfinished(start, last):
+    first = start()
+    (first.folder / "log.jsonl").write_text('{"event": "start"}\n' + last)
+    assert start().taken_up
+
+
+def test_no_resume_starts_the_next_number(start):
+    start()
+    again = start(resume=False)
+    assert (again.folder.name, again.taken_up) == ("2--x", False)
+
+
+def test_a_changed_configuration_starts_the_next_number_and_names_the_keys(start, capsys):
+    start()
+    assert start(lr=0.5, arch="resnet50").folder.name == "2--x"
+    said = capsys.readouterr().err
+    assert "1--x is unfinished" in said
+    assert "arch resnet18 there, resnet50 here, lr 0.1 there, 0.5 here" in said
+
+
+def test_the_newest_run_of_a_configuration_is_found_among_others(start):
+    start(), start(lr=0.5)
+    assert start().folder.name == "1--x"
+
+
+def test_other_images_than_the_run_was_started_with_are_refused_with_both_hashes(start):
+    start()
+    with pytest.raises(utils.UserError, match=r"train images are not.*sha256 is bb, it was aa"):
+        start(images={"train": "bb", "test": None})
+    assert start(images={"train": "bb", "test": None}, resume=False).folder.name == "2--x"
+
+
+HOLDER = """
+import runs, sys, time
+run = runs.open_run(sys.argv[1], "exp", "x", {config!r}, {images!r})
+print(run.folder, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds run 1."""
+    code = HOLDER.format(config=CONFIG, images=IMAGES)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip().endswith("1--x")
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_run_that_a_live_process_holds_is_refused(start, holder):
+    with pytest.raises(utils.UserError, match=f"being trained by process {holder.pid} on"):
+        start()
+    assert start(resume=False).folder.name == "2--x"
+    assert start(lr=0.7).folder.name == "3--x"
+
+
+def test_the_claim_of_a_killed_process_is_taken_over(start, holder, capsys):
+    holder.kill()
+    holder.wait()
+    assert start().taken_up
+    assert f"process {holder.pid} on" in capsys.readouterr().err
+
+
+def test_where_files_cannot_be_locked_the_process_is_looked_up(start, holder, monkeypatch):
+    def no_locks(*_):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "lockf", no_locks)
+    with pytest.raises(utils.UserError, match=f"being trained by process {holder.pid} on"):
+        start()
+    holder.kill()
+    holder.wait()
+    assert start().taken_up
+
+
+def claim_of_another_machine(run):
+    path = run.folder / "claim.json"
+    holder = {"host": "far", "boot": "other", "pid": 4, "started": 5, "beat": 6}
+    path.write_text(json.dumps(holder))
+    return path, holder
+
+
+def test_a_claim_of_another_machine_counts_as_dead_once_its_beat_stands_still(
+    start, monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "BEAT", 0.05)
+    claim_of_another_machine(start())
+    assert start().taken_up
+    assert "process 4 on far is gone" in capsys.readouterr().err
+
+
+def test_a_claim_of_another_machine_that_beats_is_refused(start, monkeypatch):
+    path, holder = claim_of_another_machine(start())
+
+    def beat(seconds):
+        path.write_text(json.dumps(holder | {"beat": 7}))
+
+    monkeypatch.setattr(runs.time, "sleep", beat)
+    with pytest.raises(utils.UserError, match="being trained by process 4 on far"):
+        start()
+
+
+def test_a_claim_beats_and_is_emptied_when_it_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "BEAT", 0.01)
+    claim = runs.Claim(tmp_path)
+    claim.take()
+    wanted, began = {"pid": os.getpid()}, time.monotonic()
+    while time.monotonic() - began < 20:
+        content = (tmp_path / "claim.json").read_text()
+        if content.endswith("}\n") and json.loads(content)["beat"] > 2:
+            break
+    held = json.loads((tmp_path / "claim.json").read_text())
+    assert held.items() >= wanted.items()
+    assert held["beat"] > 2
+    claim.release()
+    assert (tmp_path / "claim.json").read_text() == ""
+
+
+# --- logs and checkpoints -------------------------------------------------------------------------
+
+
+def test_a_log_is_cut_back_to_what_the_checkpoint_knows(tmp_path):
+    log = runs.Log(tmp_path)
+    log.record(step=1)
+    known = log.size
+    log.record(step=2)
+    log.line("text stays")
+    log = runs.Log(tmp_path, keep=known)
+    log.record(step=3)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert (tmp_path / "setup.log").read_text() == "text stays\n"
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_go_first(tmp_path, monkeypatch, capsys):
+    log = runs.Log(tmp_path)
+    log.record(step=1)
+    append = utils.append_whole
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils, "append_whole", full)
+    log.record(step=2)
+    log.record(step=3)
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert not log.sync()
+    size = log.size
+    monkeypatch.setattr(utils, "append_whole", append)
+    log.record(step=4)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    assert log.size == size + len('{"step": 4}\n')
+    assert log.sync()
+
+
+def test_what_a_full_disk_cuts_off_is_taken_back(tmp_path):
+    code = (
+        "import resource, sys, utils\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "utils.append_whole(sys.argv[1], b'123456\\n')\n"
+        "try:\n    utils.append_whole(sys.argv[1], b'abcdef\\n')\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert (tmp_path / "x").read_bytes() == b"123456\n"
+
+
+def state(step):
+    generator = torch.Generator().manual_seed(step)
+    return {"state_dict": {"w": torch.rand(50, 40, generator=generator)},
+            "progress": {"epoch": 0, "step": step}}
+
+
+def step_of(folder):
+    saved = runs.Checkpoints(folder).newest()
+    return saved and saved["progress"]["step"]
+
+
+def test_the_newest_checkpoint_and_the_one_before_are_kept(tmp_path):
+    store = runs.Checkpoints(tmp_path)
+    assert store.newest() is None
+    for step in (1, 2, 3):
+        store.save(state(step), ["model_best.pth.tar"] if step == 2 else [])
+    saved = {f.name: torch.load(f, weights_only=True)["progress"]["step"]
+             for f in tmp_path.iterdir()}
+    assert saved == {"checkpoint.pth.tar": 3, "checkpoint_before.pth.tar": 2,
+                     "model_best.pth.tar": 2}
+    assert step_of(tmp_path) == 3
+
+
+@pytest.mark.parametrize("percent", range(0, 100, 10))
+def test_a_checkpoint_cut_anywhere_gives_way_to_the_one_before(tmp_path, percent, capsys):
+    store = runs.Checkpoints(tmp_path)
+    store.save(state(1))
+    store.save(state(2))
+    newest = tmp_path / "checkpoint.pth.tar"
+    os.truncate(newest, newest.stat().st_size * percent // 100)
+    assert step_of(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "put aside as checkpoint.pth.tar.damaged" in said
+    assert "continuing from" in said
+    store.save(state(3))  # the damaged file must not push the whole one out
+    assert step_of(tmp_path) == 3
+    os.truncate(newest, 10)
+    assert step_of(tmp_path) == 1
+
+
+def test_a_checkpoint_with_flipped_bytes_is_refused_or_holds_what_was_saved(tmp_path):
+    store = runs.Checkpoints(tmp_path)
+    store.save(state(1))
+    store.save(state(2))
+    newest = tmp_path / "checkpoint.pth.tar"
+    whole = newest.read_bytes()
+    refused = 0
+    for at in range(0, len(whole), max(1, len(whole) // 300)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 0xFF
+        newest.write_bytes(flipped)
+        saved = runs.Checkpoints(tmp_path).newest()
+        if saved["progress"]["step"] == 1:
+            refused += 1
+        else:
+            assert torch.equal(saved["state_dict"]["w"], state(2)["state_dict"]["w"]), at
+    assert refused > 200  # the rest is padding, dates, and the like
+
+
+def test_numbered_checkpoints_are_the_last_resort_and_no_whole_one_an_error(tmp_path):
+    store = runs.Checkpoints(tmp_path)
+    store.save(state(9), ["checkpoint_9.pth.tar"])
+    store.save(state(10), ["checkpoint_10.pth.tar"])
+    store.save(state(11))
+    for name in (store.NEWEST, store.BEFORE):
+        (tmp_path / name).write_bytes(b"")
+    assert step_of(tmp_path) == 10
+    for path in tmp_path.glob("*.pth.tar"):
+        path.write_bytes(b"x")
+    with pytest.raises(utils.UserError, match=r"no whole checkpoint.*--no-resume"):
+        step_of(tmp_path)
+
+
+def test_a_failed_write_keeps_the_old_file_and_is_tried_again(tmp_path, monkeypatch, capsys):
+    store = runs.Checkpoints(tmp_path)
+    store.save(state(1))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        store.save(state(2), ["model_best.pth.tar"])
+        assert store.missing == ["model_best.pth.tar", "checkpoint.pth.tar"]
+    assert "model_best.pth.tar was not written (No space left)" in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint.pth.tar"]
+    assert step_of(tmp_path) == 1
+    store.save(state(3))
+    assert store.missing == []
+    best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
+    assert best["progress"]["step"] == 2  # the best was that of step 2
+    assert step_of(tmp_path) == 3
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_sets_a_flag_and_a_second_interrupt_ends_at_once(name):
+    before = signal.getsignal(signal.SIGINT)
+    with runs.stop_on_signals() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), getattr(signal, name))
+        assert stop.signal == name
+        if name == "SIGINT":
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

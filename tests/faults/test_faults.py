@@ -95,37 +95,32 @@ def test_kills_at_random_moments_cost_no_more_than_the_steps_since_the_last_save
 ):
     """50 kills in all: a process is killed within seconds of its first step."""
     kills, rng = {"SimCLR": 20, "SupCon": 15, "SupCE": 15}[mode], random.Random(mode)
-    line, lost, done, home = typed(tiny_npz, mode, "--save-steps", 1), [], 0, tmp_path / "0"
+    line, lost, reached, home = typed(tiny_npz, mode, "--save-steps", 1), [], None, tmp_path / "0"
     home.mkdir()
     for kill in range(kills):
         process = subprocess.Popen(line, cwd=home, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         before, began = steps_logged(home), time.monotonic()
+        # Importing takes longer than all else: wait for a step, not to kill that only
         while steps_logged(home) <= before and process.poll() is None:
-            time.sleep(0.01)  # importing takes longer than anything else; do not kill that only
-            before = min(before, steps_logged(home))
+            before = min(before, steps_logged(home))  # taking up a run cuts its log
+            time.sleep(0.01)
             assert time.monotonic() - began < 240
+        if reached is not None:
+            lost.append(reached - resumed_at(home))
         time.sleep(rng.uniform(0, 0.8))
         process.kill()
+        reached = steps_logged(home)
         if process.wait() == 0:  # it was at its end: that run is compared, and another begins
             assert_equal(unbroken(mode, "--save-steps", 1), end_of(home))
-            done += 1
-            home = tmp_path / str(kill + 1)
+            home, reached = tmp_path / str(kill + 1), None
             home.mkdir()
-            continue
-        reached = steps_logged(home)
-        if kill:
-            assert resumed_at(home) <= reached
-        lost.append((home, reached))
-        if len(lost) > 1 and lost[-2][0] == home:
-            lost[-2] = (home, lost[-2][1] - resumed_at(home))
     last = run(line, home)
     assert last.returncode == 0, last.stderr
     assert_equal(unbroken(mode, "--save-steps", 1), end_of(home))
-    counts = [n for _, n in lost[:-1]]
-    assert max(counts) <= 2  # the step of the save that was cut off, and the one after the last
+    assert max(lost) <= 2  # the step whose save was cut off, and what was logged of the next
     record(f"SIGKILL at a random moment, {mode}", kills,
-           f"{sum(counts) / len(counts):.1f}, at most {max(counts)}", "yes")
+           f"{sum(lost) / len(lost):.1f}, at most {max(lost)}", "yes")
 
 
 @pytest.mark.parametrize("place", ["sync", "rename", "link", "append", "monitor", "step"])
@@ -139,7 +134,7 @@ def test_kills_at_every_stage_of_a_save(place, unbroken, tmp_path, tiny_npz):
     last = run(line, tmp_path)
     assert last.returncode == 0, last.stderr
     assert_equal(unbroken("SupCE", "--save-steps", 2), end_of(tmp_path))
-    record(f"SIGKILL just before a {place}", len(tries), "at most 2", "yes")
+    record(f"SIGKILL just before a {place}", len(tries), "not counted", "yes")
 
 
 @pytest.fixture(scope="module")

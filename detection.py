@@ -7,7 +7,11 @@ Knows no network, no file, no argument parser. Three rules hold for all of it:
 - a larger score is more outlying, and outliers are the positive class; distances are squared;
 - fitting happens once, scoring as often as wished;
 - arguments are never written to.
-Features are float [N, D], tensors or arrays; scores and metrics are float64.
+Features are float [N, D], tensors or arrays; scores and metrics are float64. Rows are brought to
+float64, and to the device that computes, a piece at a time: features may lie elsewhere.
+
+What takes time at 2,048 dimensions is matrix products, so half of each is left out: a covariance is
+symmetric, and its inverse's Cholesky factor triangular (benchmarks/bench_detection.py).
 """
 
 from dataclasses import dataclass
@@ -15,7 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ROWS = 4096  # rows brought to float64 at a time: 64 MiB at 2,048 dimensions
+ROWS = 1024  # rows brought to float64 at a time: 16 MiB at 2,048 dimensions
+BLOCK = 512  # columns of a product at a time; what is known to be zero or mirrored is left out
+CONDITION = 1e9  # largest condition at which a Cholesky factor has the scores to 1e-6
 GUARD = 1e-10  # what the original adds to a norm or deviation before it divides
 
 
@@ -39,21 +45,29 @@ class Standardizer:
     scale: torch.Tensor
 
     @classmethod
-    def fit(cls, train):
+    def fit(cls, train, device=None):
         """Measure mean and population deviation of the unit-length training features [N, D].
+
+        Args:
+            device: that computes, here and later; None is the features'.
 
         Raises:
             FeatureError: not two-dimensional, empty, or not finite.
         """
-        train = checked(train, "the training features")
-        total = sum(_unit(rows).sum(dim=0) for rows in train.split(ROWS))
+        train = _shaped(train, "the training features")
+        device = train.device if device is None else torch.device(device)
+        total = sum(_unit(rows, device).sum(dim=0) for rows in train.split(ROWS))
         mean = total / len(train)
-        square = sum((_unit(rows) - mean).square().sum(dim=0) for rows in train.split(ROWS))
+        if not mean.isfinite().all():
+            checked(train, "the training features")  # says in how many rows
+        square = sum(
+            _unit(rows, device).sub_(mean).square_().sum(dim=0) for rows in train.split(ROWS)
+        )
         deviation = (square / len(train)).sqrt()
         return cls(mean, torch.where(deviation > GUARD, 1 / (deviation + GUARD), 0.0))
 
     def __call__(self, features, name="the features"):
-        """Standardise features [N, D]; returns a new float32 tensor [N, D].
+        """Standardise features [N, D]; returns a new float32 tensor [N, D] where they lie.
 
         Raises:
             FeatureError: not finite or of another width; `name` is in the message.
@@ -61,14 +75,18 @@ class Standardizer:
         features = checked(features, name, width=len(self.mean))
         out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
         for rows, target in zip(features.split(ROWS), out.split(ROWS), strict=True):
-            target.copy_((_unit(rows) - self.mean) * self.scale)
+            target.copy_(self.rows(rows))
         return out
 
+    def rows(self, rows):
+        """Standardise some rows [n, D], not checked: float32 [n, D] on the device that computes."""
+        return _unit(rows, self.mean.device).sub_(self.mean).mul_(self.scale).float()
 
-def _unit(rows):
-    """Rows [n, D] -> float64 rows of length 1."""
-    rows = rows.double()
-    return rows / (rows.norm(dim=1, keepdim=True) + GUARD)
+
+def _unit(rows, device):
+    """Rows [n, D] -> new float64 rows of length 1 on a device."""
+    rows = rows.to(device, torch.float64, copy=True)
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).add_(GUARD))
 
 
 def checked(features, name, width=None):
@@ -77,14 +95,20 @@ def checked(features, name, width=None):
     Raises:
         FeatureError: says what is wrong with `name`.
     """
+    features = _shaped(features, name, width)
+    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in features.split(ROWS))
+    if bad:
+        raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows")
+    return features
+
+
+def _shaped(features, name, width=None):
+    """Return features as a tensor, if [N, D] and of the right width; their values are not read."""
     features = torch.as_tensor(features)
     if features.dim() != 2 or 0 in features.shape:
         raise FeatureError(f"{name} must be [N, D], not {list(features.shape)}")
     if width is not None and features.shape[1] != width:
         raise FeatureError(f"{name} have {features.shape[1]} dimensions, the training ones {width}")
-    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in features.split(ROWS))
-    if bad:
-        raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows")
     return features
 
 
@@ -96,11 +120,13 @@ class Gaussian:
         mean: float64 [D].
         whiten: float64 [D, rank] with whiten @ whiten.T = pinv(covariance).
         n: number of rows it was fitted on.
+        triangular: whether `whiten` is zero below its diagonal.
     """
 
     mean: torch.Tensor
     whiten: torch.Tensor
     n: int
+    triangular: bool = False
 
     @property
     def rank(self):
@@ -108,18 +134,22 @@ class Gaussian:
         return self.whiten.shape[1]
 
     @classmethod
-    def fit(cls, x, shrink=False):
+    def fit(cls, x, shrink=False, device=None):
         """Fit mean and covariance to rows.
 
         Args:
             x: float tensor [N, D], N >= 1, finite.
             shrink: use Ledoit and Wolf's covariance instead of the one with 1/N.
+            device: that computes, here and later; None is that of x.
 
         Source: SSD paper, equation 3; scores as from numpy's pinv in the original, but for singular
         covariances: eigenvalues up to D * eps of the largest count as zero, numpy's 1e-15 keeps
         directions of pure rounding noise among them.
         """
-        mean, covariance = ledoit_wolf(x) if shrink else moments(x)
+        mean, covariance = (ledoit_wolf if shrink else moments)(x, device)
+        whiten = _inverse_factor(covariance)
+        if whiten is not None:
+            return cls(mean, whiten, len(x), triangular=True)
         values, vectors = torch.linalg.eigh(covariance)  # rising
         cut = values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
         keep = values > cut
@@ -127,35 +157,67 @@ class Gaussian:
 
     def score(self, x):
         """Return the squared Mahalanobis distance of rows [N, D]: float64 tensor [N]."""
-        if self.rank == 0:
-            return torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        return torch.cat(
-            [((r.double() - self.mean) @ self.whiten).square().sum(dim=1) for r in x.split(ROWS)]
-        )
+        return torch.cat([self.distance(rows.to(self.mean)) for rows in x.split(ROWS)])
+
+    def distance(self, rows):
+        """Score a few rows, float64 [n, D] on the device that computes, at once."""
+        centred = rows - self.mean
+        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for start in range(0, self.rank, BLOCK):
+            end = min(start + BLOCK, self.rank)
+            high = end if self.triangular else len(self.mean)
+            block = centred[:, :high] @ self.whiten[:high, start:end]
+            total += block.square_().sum(dim=1)
+        return total
 
 
-def moments(x):
+def _inverse_factor(covariance):
+    """Triangular W [D, D] with W @ W.T = inverse(covariance); None unless well conditioned.
+
+    The product of the norms bounds the condition from above: no eigenvalue that counts as zero in
+    Gaussian.fit comes near it.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        return None
+    one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, one, upper=False)
+    largest = torch.linalg.matrix_norm(covariance, float("inf"))  # at least the largest eigenvalue
+    condition = largest * inverse.square().sum()  # trace of the inverse covariance
+    return inverse.T if condition <= CONDITION else None
+
+
+def moments(x, device=None):
     """Compute mean and covariance (1/N) of rows, accumulated in float64.
 
     Args:
-        x: float tensor [N, D].
+        x: float tensor [N, D]. device: that computes; None is that of x.
 
     Returns:
         float64 [D] and [D, D].
     """
-    mean = sum(rows.double().sum(dim=0) for rows in x.split(ROWS)) / len(x)
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=x.device)
+    return _moments(x, device)[:2]
+
+
+def _moments(x, device):
+    """Mean, covariance and the mean fourth power of the length of a centred row."""
+    like = torch.empty(0, dtype=torch.float64, device=x.device if device is None else device)
+    mean = sum(rows.to(like).sum(dim=0) for rows in x.split(ROWS)) / len(x)
+    lower, fourth = like.new_zeros(len(mean), len(mean)), like.new_zeros(())
     for rows in x.split(ROWS):
-        centred = rows.double() - mean
-        covariance.addmm_(centred.T, centred)
-    return mean, covariance / len(x)
+        centred = rows.to(like) - mean
+        for start in range(0, len(mean), BLOCK):
+            end = start + BLOCK
+            lower[start:end, :end].addmm_(centred[:, start:end].T, centred[:, :end])
+        fourth += torch.linalg.vector_norm(centred, dim=1).pow_(4).sum()
+    covariance = lower.tril() + lower.tril(-1).T
+    return mean, covariance / len(x), fourth / len(x)
 
 
-def ledoit_wolf(x):
+def ledoit_wolf(x, device=None):
     """Compute mean and Ledoit and Wolf's shrunk covariance of rows, accumulated in float64.
 
-    Args:
-        x: float tensor [N, D].
+    Args: as for `moments`.
 
     Returns:
         float64 [D] and [D, D]: (1 - s) S + s (trace S / D) I, with S the covariance (1/N).
@@ -163,14 +225,11 @@ def ledoit_wolf(x):
     Source: Ledoit and Wolf 2004, lemma 3.2-3.4; same as scikit-learn's ledoit_wolf. Its sum over
     all pairs of coordinates of squared products is the sum of the rows' fourth powers of length.
     """
-    mean, covariance = moments(x)
+    mean, covariance, fourth = _moments(x, device)
     n, dim = x.shape
-    fourth = sum(
-        (rows.double() - mean).square().sum(dim=1).square().sum() for rows in x.split(ROWS)
-    )
     target = covariance.trace() / dim
     size = covariance.square().sum()
-    spread = (fourth / n - size) / n  # of S around the true covariance
+    spread = (fourth - size) / n  # of S around the true covariance
     distance = size - dim * target**2  # of S from the target
     s = float((spread / distance).clamp(max=1)) if spread > 0 and distance > 0 else 0.0
     covariance = (1 - s) * covariance
@@ -198,7 +257,6 @@ def kmeans(x, clusters, seed):
     if clusters > len(x):
         raise FeatureError(f"{clusters} clusters are more than the {len(x)} training images")
     rows = np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
-    shuffled = rows[np.random.default_rng(seed).permutation(len(rows))]
     machine = faiss.Kmeans(
         rows.shape[1],
         clusters,
@@ -207,7 +265,7 @@ def kmeans(x, clusters, seed):
         min_points_per_centroid=1,  # only silences a warning
         gpu=faiss.get_num_gpus() > 0,
     )
-    machine.train(shuffled)
+    machine.train(rows[np.random.default_rng(seed).permutation(len(rows))])
     return torch.from_numpy(machine.index.search(rows, 1)[1].ravel()).to(x.device)
 
 
@@ -226,7 +284,7 @@ class SSD:
     left_out: int = 0
 
     @classmethod
-    def fit(cls, train, clusters=1, labels=None, seed=0):
+    def fit(cls, train, clusters=1, labels=None, seed=0, device=None):
         """Fit a Gaussian to each cluster of the training features.
 
         Args:
@@ -234,6 +292,7 @@ class SSD:
             clusters: m >= 1; k-means divides the features where m > 1.
             labels: int [N]; with m > 1 these are the clusters, whatever m (SupCE).
             seed: of k-means.
+            device: that computes, here and when it scores; None is the features'.
 
         A cluster of rank 0 - a single image, or equal ones - would give every image the score 0
         and is left out of the minimum. A cluster with fewer images than dimensions measures
@@ -243,26 +302,68 @@ class SSD:
             FeatureError: features not finite or of wrong shape, more clusters than rows, or all
                 features equal.
         """
-        standardize = Standardizer.fit(train)
-        x = standardize(train, "the training features")
-        if clusters == 1:
-            members = [x]
-        else:
-            y = kmeans(x, clusters, seed) if labels is None else torch.as_tensor(labels)
-            members = [x[y == c] for c in y.unique()]
-        fitted = [Gaussian.fit(rows) for rows in members]
-        usable = tuple(g for g in fitted if g.rank)
-        if not usable:
-            raise FeatureError("the training features are all equal within each cluster")
-        return cls(standardize, usable, sum(g.n for g in fitted if not g.rank))
+        return fit_each(train, [clusters], labels, seed, device)[clusters]
 
     def score(self, features, name="the features"):
         """Return the distance of each row [N, D] to its nearest cluster: float64 array [N]."""
-        x = self.standardize(features, name)
-        best = self.gaussians[0].score(x)
-        for gaussian in self.gaussians[1:]:
-            best = torch.minimum(best, gaussian.score(x))
-        return best.cpu().numpy()
+        return score_each({0: self}, features, name)[0]
+
+
+def fit_each(train, clusters, labels=None, seed=0, device=None):
+    """Fit a detector for each of several numbers of clusters; features are standardised once.
+
+    Args:
+        clusters: numbers m. The others: as for SSD.fit.
+
+    Returns:
+        {m: SSD}; all have the same Standardizer.
+    """
+    standardize = Standardizer.fit(train, device)
+    x = standardize(train, "the training features")
+    return {m: _fit_clusters(standardize, x, m, labels, seed) for m in dict.fromkeys(clusters)}
+
+
+def _fit_clusters(standardize, x, m, labels, seed):
+    """An SSD of standardised features [N, D]; one cluster's rows are copied at a time."""
+    if m == 1:
+        members = [x]
+    else:
+        y = kmeans(x, m, seed) if labels is None else torch.as_tensor(labels, device=x.device)
+        members = (x[y == c] for c in y.unique())
+    fitted = [Gaussian.fit(rows, device=standardize.mean.device) for rows in members]
+    usable = tuple(g for g in fitted if g.rank)
+    if not usable:
+        raise FeatureError("the training features are all equal within each cluster")
+    return SSD(standardize, usable, sum(g.n for g in fitted if not g.rank))
+
+
+def score_each(detectors, features, name="the features"):
+    """Score rows with several detectors; features are standardised once.
+
+    Args:
+        detectors: {key: SSD} with one Standardizer, as fit_each returns them.
+        features: float [N, D], raw. name: of them, in messages.
+
+    Returns:
+        {key: float64 array [N]}, distance of each row to the detector's nearest cluster.
+
+    Raises:
+        FeatureError: features not finite or of another width.
+        ValueError: detectors that standardise differently.
+    """
+    standardize, *others = {id(d.standardize): d.standardize for d in detectors.values()}.values()
+    if others:
+        raise ValueError("the detectors were not fitted together: they standardise differently")
+    features = _shaped(features, name, width=len(standardize.mean))
+    scores = {key: torch.empty(len(features), dtype=torch.float64) for key in detectors}
+    for start in range(0, len(features), ROWS):
+        rows = standardize.rows(features[start : start + ROWS]).double()
+        for key, detector in detectors.items():
+            nearest = torch.stack([g.distance(rows) for g in detector.gaussians]).amin(dim=0)
+            scores[key][start : start + ROWS] = nearest
+    if not all(values.isfinite().all() for values in scores.values()):
+        checked(features, name)  # says in how many rows
+    return {key: values.numpy() for key, values in scores.items()}
 
 
 @dataclass(frozen=True)
@@ -279,24 +380,31 @@ class SSDk:
     inliers: Gaussian
 
     @classmethod
-    def fit(cls, train):
-        """Fit to the training features, float [N, D]; raises FeatureError as SSD.fit."""
-        standardize = Standardizer.fit(train)
+    def fit(cls, train, device=None):
+        """Fit to the training features, float [N, D]; device and errors as for SSD.fit."""
+        standardize = Standardizer.fit(train, device)
         x = standardize(train, "the training features")
-        return cls(standardize, Gaussian.fit(x, shrink=True))
+        return cls(standardize, Gaussian.fit(x, shrink=True, device=device))
 
     def know(self, outliers):
         """Fit to the features of known outliers, float [n, D]; returns their Gaussian."""
-        return Gaussian.fit(self.standardize(outliers, "the known outliers"), shrink=True)
+        x = self.standardize(outliers, "the known outliers")
+        return Gaussian.fit(x, shrink=True, device=self.standardize.mean.device)
 
-    def score(self, features, known, name="the features"):
+    def distance(self, features, name="the features"):
+        """Return d_in of each row [N, D], the distance to the training features: array [N]."""
+        return self.inliers.score(self.standardize(features, name)).cpu().numpy()
+
+    def score(self, features, known, name="the features", inside=None):
         """Return d_in - d_out of each row [N, D]: float64 array [N], negative ones included.
 
         Args:
             known: what `know` returned.
+            inside: d_in of these rows where they are known already, from `distance`.
         """
         x = self.standardize(features, name)
-        return (self.inliers.score(x) - known.score(x)).cpu().numpy()
+        inside = self.inliers.score(x).cpu().numpy() if inside is None else inside
+        return inside - known.score(x).cpu().numpy()
 
 
 def metrics(in_scores, ood_scores):

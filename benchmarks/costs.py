@@ -67,9 +67,9 @@ def part_detection(n, dims, sets, kind, clusters):
     fits = []
     fit = detection.Gaussian.fit.__func__
 
-    def counted(cls, x, shrink=False):
+    def counted(cls, x, **kwargs):
         fits.append(len(x))
-        return fit(cls, x, shrink)
+        return fit(cls, x, **kwargs)
 
     detection.Gaussian.fit = classmethod(counted)
     train, test = draw(n), draw(10_000)

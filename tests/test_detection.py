@@ -1,5 +1,7 @@
 """Scores and metrics equal the original's, literal formulas, closed forms and scikit-learn's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,46 @@ def test_the_pseudo_inverse_is_numpys_where_the_covariance_is_regular():
     )
 
 
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("decades", [0, 2, 4])
+def test_a_cholesky_factor_has_the_scores_of_the_eigenvectors(monkeypatch, shrink, decades):
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+    x = torch.from_numpy((rng.normal(size=(300, 40)) * np.logspace(0, -decades / 2, 40)) @ turn)
+    quick = Gaussian.fit(x, shrink)
+    assert quick.triangular
+    assert (quick.whiten.tril(-1) == 0).all()
+    monkeypatch.setattr(detection, "CONDITION", 0)
+    slow = Gaussian.fit(x, shrink)
+    assert not slow.triangular
+    torch.testing.assert_close(quick.score(x), slow.score(x), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("decades", [7, 10, 20])
+def test_a_covariance_near_singular_is_left_to_the_eigenvectors(decades):
+    rng = np.random.default_rng(0)
+    scale = np.logspace(0, -decades, 40)
+    gaussian = Gaussian.fit(torch.from_numpy(rng.normal(size=(300, 40)) * scale))
+    assert not gaussian.triangular
+    kept = (scale**2 > 40 * np.finfo(float).eps).sum()
+    assert abs(gaussian.rank - kept) <= 2  # the cut is on eigenvalues of a sample
+
+
+@pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize("columns", [1, 3, 10, 64])
+def test_products_in_blocks_are_the_products_at_once(monkeypatch, triangular, columns):
+    x = torch.from_numpy(rows(120, 10, dtype=np.float64))
+    expected = literal_distances(x.numpy(), x.numpy().mean(axis=0), np.cov(x.numpy().T, bias=True))
+    monkeypatch.setattr(detection, "BLOCK", columns)
+    monkeypatch.setattr(detection, "CONDITION", 1e9 if triangular else 0)
+    gaussian = Gaussian.fit(x)
+    assert gaussian.triangular == triangular
+    np.testing.assert_allclose(gaussian.score(x), expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        detection.moments(x)[1], np.cov(x.numpy().T, bias=True), rtol=1e-12, atol=1e-12
+    )
+
+
 # --- singular, dead, alone ------------------------------------------------------------------------
 
 
@@ -263,6 +305,43 @@ def test_kmeans_assigns_each_row_to_its_nearest_centre():
     assert (nearest == found).float().mean() > 0.99  # 100 iterations have settled
 
 
+def test_detectors_fitted_together_score_as_each_alone():
+    train, test = rows(200, 6), rows(30, 6, seed=1)
+    together = detection.fit_each(train, [1, 3, 1], seed=4)
+    assert list(together) == [1, 3]
+    scores = detection.score_each(together, test)
+    for m in (1, 3):
+        alone = SSD.fit(train, m, seed=4).score(test)
+        np.testing.assert_array_equal(scores[m], alone)
+        np.testing.assert_array_equal(together[m].score(test), alone)
+
+
+def test_features_are_standardised_once_for_several_numbers_of_clusters(monkeypatch):
+    calls = []
+    fit, rows_of = Standardizer.fit.__func__, Standardizer.rows
+    monkeypatch.setattr(Standardizer, "fit", classmethod(
+        lambda cls, *args: calls.append("fit") or fit(cls, *args)))
+    monkeypatch.setattr(Standardizer, "rows", lambda self, x: calls.append(len(x)) or
+                        rows_of(self, x))
+    detectors = detection.fit_each(rows(60, 4), [1, 2, 5])
+    detection.score_each(detectors, rows(9, 4))
+    assert calls == ["fit", 60, 9]
+
+
+def test_detectors_of_different_training_features_are_not_scored_together():
+    with pytest.raises(ValueError, match="not fitted together"):
+        detection.score_each({1: SSD.fit(rows(20, 3)), 2: SSD.fit(rows(20, 3))}, rows(5, 3))
+
+
+def test_a_known_distance_to_the_inliers_is_not_measured_again():
+    train, test = rows(80, 5), rows(12, 5, seed=1)
+    detector = SSDk.fit(train)
+    known = detector.know(rows(20, 5, seed=2))
+    expected, inside = detector.score(test, known), detector.distance(test)
+    blind = replace(detector, inliers=None)
+    np.testing.assert_array_equal(blind.score(test, known, inside=inside), expected)
+
+
 # --- rules ----------------------------------------------------------------------------------------
 
 
@@ -357,10 +436,17 @@ def test_scores_that_no_metric_can_be_of_are_refused(inside, outside, words):
 
 
 @pytest.mark.gpu
-def test_scores_on_the_gpu_are_those_of_the_cpu():
+@pytest.mark.parametrize("features_on", ["cpu", "cuda"])
+def test_scores_on_the_gpu_are_those_of_the_cpu(features_on):
     train, test = rows(300, 16), rows(50, 16, seed=1)
-    expected = SSD.fit(train, 3, np.arange(300) % 3).score(test)
-    detector = SSD.fit(torch.from_numpy(train).cuda(), 3, np.arange(300) % 3)
+    labels = np.arange(300) % 3
+    there = {n: torch.from_numpy(x).to(features_on) for n, x in (("train", train), ("test", test))}
+    expected = SSD.fit(train, 3, labels).score(test)
+    detector = SSD.fit(there["train"], 3, labels, device="cuda")
+    np.testing.assert_allclose(detector.score(there["test"]), expected, rtol=1e-6)
+    expected, detector = SSDk.fit(train), SSDk.fit(there["train"], device="cuda")
+    known = rows(20, 16, seed=2)
     np.testing.assert_allclose(
-        detector.score(torch.from_numpy(test).cuda()), expected, rtol=1e-6
+        detector.score(there["test"], detector.know(known)),
+        expected.score(test, expected.know(known)), rtol=1e-6,
     )

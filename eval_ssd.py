@@ -47,30 +47,37 @@ def main(argv=None):
     if max(args.clusters) > len(train) and not by_class:
         raise UserError(f"--clusters {max(args.clusters)} is more than the {len(train)} training "
                         "images")
+    kwargs = evaluation.extraction(
+        trained, train, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
+        cache_dir=args.cache_dir,
+    )
     report = evaluation.Report(
         args.results_dir, args.exp_name, "ssd", scores=args.scores, plot=args.plot,
-        common=evaluation.facts_of(trained, n_train=len(train), seed=args.seed,
-                                   data_mode=args.data_mode),
+        again=args.again,
+        common=evaluation.facts_of(trained, train, seed=args.seed, data_mode=args.data_mode,
+                                   precision=args.precision, batch_size=kwargs["batch_size"]),
     )
+    todo = report.todo(test, outliers, args.clusters)  # [(outlier set, numbers of clusters)]
+    if not todo:
+        return
 
     # Features of the training images; a detector per number of clusters, each fitted once
-    kwargs = evaluation.extraction(trained, train, batch_size=args.batch_size, seed=args.seed)
     x = evaluation.take_features(trained, train, mode=args.data_mode, **kwargs)  # [N, D]
     labels = train.labels if by_class else None
-    detectors = {
-        m: detection.SSD.fit(x, m, labels, seed=args.seed) for m in dict.fromkeys(args.clusters)
-    }
+    wanted = [m for m in args.clusters if any(m in clusters for _, clusters in todo)]
+    detectors = detection.fit_each(x, wanted, labels, args.seed, trained.device)
     del x
     for m, detector in detectors.items():
         _say_what_is_singular(m, detector)
 
     # Scores of the test images and of each outlier set
     x = evaluation.take_features(trained, test, **kwargs)
-    inside = {m: detector.score(x) for m, detector in detectors.items()}
-    for ood in outliers:
+    inside = detection.score_each(detectors, x)
+    for ood, clusters in todo:
         x = evaluation.take_features(trained, ood, **kwargs)
-        for m, detector in detectors.items():
-            report.add(test, inside[m], ood, detector.score(x), clusters=m,
+        scores = detection.score_each({m: detectors[m] for m in clusters}, x)
+        for m in clusters:
+            report.add(test, inside[m], ood, scores[m], clusters=m,
                        panel=f"{test.name}, {m} cluster{'s' * (m > 1)}")
     report.close()
 

@@ -12,7 +12,6 @@ Appends a line per outlier set to RESULTS/EXP_ssdk.txt, of the form of eval_ssd.
 import data
 import detection
 import evaluation
-import features
 import utils
 from utils import UserError, number
 
@@ -57,29 +56,40 @@ def main(argv=None):
         except ValueError as error:
             raise UserError(f"--k {args.k} takes a whole class of {ood.name}: {error}") from None
         splits.append((ood.take(known), ood.take(rest)))
+    kwargs = evaluation.extraction(
+        trained, train, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
+        cache_dir=args.cache_dir,
+    )
     report = evaluation.Report(
         args.results_dir, args.exp_name, "ssdk", scores=args.scores, plot=args.plot,
-        common=evaluation.facts_of(trained, n_train=len(train), seed=args.seed,
-                                   data_mode=args.data_mode, k=args.k, copies=args.copies),
+        again=args.again,
+        common=evaluation.facts_of(trained, train, seed=args.seed, data_mode=args.data_mode,
+                                   precision=args.precision, batch_size=kwargs["batch_size"],
+                                   k=args.k, copies=args.copies),
     )
+    todo = report.todo(test, [rest for _, rest in splits], [args.clusters])
+    if not todo:
+        return
+    left = [rest.name for rest, _ in todo]
 
     # Features of the in-distribution images; their Gaussian is fitted once
-    kwargs = evaluation.extraction(trained, train, batch_size=args.batch_size, seed=args.seed)
     detector = detection.SSDk.fit(
-        evaluation.take_features(trained, train, mode=args.data_mode, **kwargs)
+        evaluation.take_features(trained, train, mode=args.data_mode, **kwargs), trained.device
     )
     x_test = evaluation.take_features(trained, test, **kwargs)
+    d_test = detector.distance(x_test)
 
     # Each outlier set: a Gaussian of its known images, scores of the rest
-    for known, rest in splits:
-        x = features.extract_copies(trained.encoder, known, copies=args.copies, **kwargs)
+    for known, rest in (pair for pair in splits if pair[1].name in left):
+        x = evaluation.take_features(trained, known, copies=args.copies, **kwargs)
         gaussian = detector.know(x)  # of [copies * k * classes, D]
         if gaussian.rank == 0:
             utils.note(f"{rest.name}: the known outliers have no extent (one image, one copy?), so "
                        "their distance is 0 everywhere and the scores are those of the inliers")
         x = evaluation.take_features(trained, rest, **kwargs)
         report.add(
-            test, detector.score(x_test, gaussian), rest, detector.score(x, gaussian), clusters=1,
+            test, detector.score(x_test, gaussian, inside=d_test), rest,
+            detector.score(x, gaussian), clusters=1,
             panel=f"{rest.name}, {args.k} known of each class", against=rest.name,
             n_known=len(known), known_rank=gaussian.rank,
         )

@@ -5,9 +5,15 @@ images are looked at and how results are written is the same, and stands here.
 """
 
 import argparse
+import contextlib
 import csv
+import errno
+import fcntl
+import hashlib
 import json
+import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +41,8 @@ def add_arguments(p):
                        help="where results are written")
     group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,
                        help="of k-means, noise sets, known outliers and augmentation")
+    group.add_argument("--again", action="store_true",
+                       help="measure and record what is recorded already")
     group.add_argument("--scores", metavar="FILE.csv", help="write the score of every image")
     group.add_argument("--plot", action="store_true",
                        help="draw score histograms and ROC curves beside the results")
@@ -72,7 +80,13 @@ def add_arguments(p):
     group.add_argument("--data-mode", choices=["org", "base", "ssl"], default="base",
                        help="augmentation of the training images whose features are taken, none "
                        "in base; test images and outliers never have any")
-    group.add_argument("--batch-size", type=number(int, 1), default=256, help="images a pass")
+    group.add_argument("--batch-size", type=number(int, 1),
+                       help="images a pass (default: 256 on a GPU; on a CPU 32 for each thread, "
+                       "256 at most)")
+    group.add_argument("--precision", choices=features.PRECISIONS, default="fp32",
+                       help="of the network; features and all that follows stay as they are")
+    group.add_argument("--cache-dir", metavar="DIR",
+                       help="keep features here and take them from here")
 
 
 # --- the trained network --------------------------------------------------------------------------
@@ -88,6 +102,7 @@ class Trained:
             flags and the checkpoint; in_classes is a tuple or None.
         constants: (mean, std) that a checkpoint of ours holds, else None.
         path: of the checkpoint. sha256: hex digest of the file.
+        device: where the encoder is.
     """
 
     encoder: torch.nn.Module
@@ -101,6 +116,7 @@ class Trained:
     constants: tuple | None
     path: str
     sha256: str
+    device: torch.device
 
 
 FOREIGN = {"training_mode": None, "arch": "resnet50", "dataset": "cifar10",
@@ -156,7 +172,7 @@ def restore(path, device, *, classes=None, **given):
                         f"{settings['training_mode']} --classes {classes}: {error}") from None
     constants = (known["mean"], known["std"]) if settings["normalize"] and "mean" in known else None
     return Trained(network.encoder.to(device), constants=constants, path=str(path),
-                   sha256=utils.file_hash(path), **settings)
+                   sha256=utils.file_hash(path), device=device, **settings)
 
 
 def _is_ours(config):
@@ -245,41 +261,150 @@ def _check_outliers(ood, trained):
         seen.add(where)
 
 
-def extraction(trained, train, *, batch_size, seed):
-    """Return the keyword arguments of features.extract that all sets of an evaluation share.
+def extraction(trained, train, *, batch_size, seed, precision="fp32", cache_dir=None):
+    """Return the keyword arguments of features.take that all sets of an evaluation share.
 
     Args:
         trained: Trained. train: its training ImageSet, measured where constants are wanted that
             neither the checkpoint nor the table has.
+        batch_size: images a pass, None for what is fast on the device. cache_dir: folder or None.
     """
     mean = std = None
     if trained.normalize:
         mean, std = trained.constants or data.normalisation(trained.dataset, train)
-    return dict(size=trained.size, batch_size=batch_size, mean=mean, std=std, seed=seed)
+    return dict(
+        size=trained.size, batch_size=batch_size or features.default_batch_size(trained.device),
+        mean=mean, std=std, seed=seed, precision=precision,
+        cache=features.Cache(cache_dir, trained.encoder) if cache_dir is not None else None,
+    )
 
 
 def take_features(trained, images, **kwargs):
-    """Return features.extract of the encoder; they are finite.
+    """Return features.take of the encoder; they are finite.
 
     Raises:
         UserError: they are not: the network overflows.
     """
-    x = features.extract(trained.encoder, images, **kwargs)
+    x = features.take(trained.encoder, images, **kwargs)
     try:
         return detection.checked(x, f"the features of {images.name}")
     except detection.FeatureError as error:
         raise UserError(f"--ckpt {trained.path}: {error}") from None
 
 
-def facts_of(trained, **more):
-    """Return what every record says of its network, settings and machine."""
+def facts_of(trained, train, **more):
+    """Return what every record says of its network, training images, settings and versions."""
     return {
         "checkpoint": trained.path, "sha256": trained.sha256, "arch": trained.arch,
         "training_mode": trained.training_mode, "size": trained.size,
         "normalize": trained.normalize, "dataset": trained.dataset,
-        "in_classes": trained.in_classes and list(trained.in_classes),
-        **more, "versions": utils.versions(),
+        "in_classes": trained.in_classes and list(trained.in_classes), "n_train": len(train),
+        "images": {"train": features.fingerprint(train)}, **more, "versions": utils.versions(),
     }
+
+
+# --- the records ----------------------------------------------------------------------------------
+
+
+def identity(facts):
+    """Return what tells one evaluation of a pair of sets from another: a hex digest.
+
+    It is of everything that is known before measuring: the checkpoint's content (not its place),
+    the resolved options, the pixels and labels of all image sets, the versions.
+
+    Args:
+        facts: a record without its metrics and time.
+    """
+    known = {key: value for key, value in facts.items() if key != "checkpoint"}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def line_of(record):
+    """Return the readable line of a record, of the form of the original's."""
+    line = (f"In-data = {record['in']}, OOD = {record['ood']}, Clusters = {record['clusters']}, "
+            f"FPR95 = {record['fpr95']}, AUROC = {record['auroc']}, AUPR = {record['aupr']}")
+    return line.replace("\n", " ").replace("\r", " ")  # a path may hold them
+
+
+def read_records(path):
+    """Return the whole records of a file of JSON lines: dicts; what a crash cut is left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                records += [record] if isinstance(record, dict) else []
+    return records
+
+
+class Records:
+    """The two files of results, RESULTS/EXP_<kind>.jsonl and .txt: a record and a line each.
+
+    The records are the truth; the lines are made from them, and lines that a crash kept from being
+    written are added by the next program. Programs that write at once wait for each other; a line
+    goes out in one write, and never joins one that a crash cut.
+
+    Args:
+        base: path of the files without suffix.
+    """
+
+    def __init__(self, base):
+        self.path, self.text = Path(f"{base}.jsonl"), Path(f"{base}.txt")
+        if self.path.exists():
+            with self._locked():
+                self._add_missing_lines()
+
+    def read(self):
+        """Return {identity: record}, the newest of each."""
+        return {r["id"]: r for r in read_records(self.path) if "id" in r}
+
+    def add(self, record, again):
+        """Append a record and its line; without `again` only if its identity is new.
+
+        Returns:
+            whether it was appended.
+        """
+        with self._locked():
+            if not again and record["id"] in self.read():
+                return False
+            _append(self.path, json.dumps(record))
+            self._add_missing_lines()
+        return True
+
+    @contextlib.contextmanager
+    def _locked(self):
+        # The file of records is its own lock: no other file is left behind.
+        with open(self.path, "ab") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _add_missing_lines(self):
+        measured = {"in", "ood", "clusters", "fpr95", "auroc", "aupr"}
+        lines = [line_of(r) for r in read_records(self.path) if measured <= r.keys()]
+        there = Counter()
+        with contextlib.suppress(FileNotFoundError):
+            there.update(self.text.read_bytes().split(b"\n"))
+        for line in lines:
+            there[_bytes(line)] -= 1
+            if there[_bytes(line)] < 0:
+                _append(self.text, line)
+
+
+def _bytes(line):
+    return line.encode("utf-8", "surrogateescape")
+
+
+def _append(path, line):
+    """Append a line in one write, on a line of its own, and see it to the disk."""
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        text = (b"\n" if file.read(1) not in (b"", b"\n") else b"") + _bytes(line) + b"\n"
+        if file.write(text) < len(text):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(file.fileno())
 
 
 # --- the reports ----------------------------------------------------------------------------------
@@ -291,23 +416,26 @@ class Report:
     Args:
         results_dir, exp_name: RESULTS/EXP_<kind>.txt and .jsonl are appended to.
         kind: "ssd" or "ssdk".
-        common: dict that stands in every record.
+        common: dict that stands in every record, from `facts_of`.
         scores: path of the CSV of all scores, or None.
         plot: whether to draw.
+        again: record what is recorded already.
 
     Raises:
         UserError: a place that can't be written to.
     """
 
-    def __init__(self, results_dir, exp_name, kind, *, common, scores=None, plot=False):
+    def __init__(
+        self, results_dir, exp_name, kind, *, common, scores=None, plot=False, again=False
+    ):
         self.base = Path(results_dir) / f"{exp_name}_{kind}"
         utils.make_folder(self.base.parent, "--results-dir")
         if scores is not None:
             if Path(scores).is_dir():
                 raise UserError(f"--scores {scores} is a folder; the name of a file is needed")
             utils.make_folder(Path(scores).parent, "--scores")
-        self._scores, self._plot, self._common = scores, plot, common
-        self._rows, self._panels = [], {}
+        self._scores, self._plot, self._common, self._again = scores, plot, common, again
+        self._rows, self._panels, self._fingerprints = [], {}, {}
         self.written = [f"{self.base}.txt", f"{self.base}.jsonl"]
         for path in self.written:
             try:
@@ -316,33 +444,65 @@ class Report:
             except OSError as error:
                 raise UserError(f"--results-dir: {path} cannot be written to: {error.strerror}"
                                 ) from None
+        self._records = Records(self.base)
+
+    def todo(self, test, outliers, clusters):
+        """Find out what is not recorded yet; print the lines of what is.
+
+        Args:
+            test: data.ImageSet. outliers: list of them. clusters: numbers m.
+
+        Returns:
+            list of (outlier set, [m, ...]) to be measured: all with `again`, and where scores or
+            plots of all are wanted; what is recorded is then not recorded twice.
+        """
+        pairs = [(ood, m) for ood in outliers for m in dict.fromkeys(clusters)]
+        records = {} if self._again else self._records.read()
+        found = [records.get(self._facts(test, *pair)["id"]) for pair in pairs]
+        if any(found):
+            utils.note(f"{len(found) - found.count(None)} of {len(pairs)} results stand in "
+                       f"{self._records.path} already and are not recorded twice; --again does it")
+        if self._plot or self._scores is not None:
+            found = [None] * len(pairs)
+        left = {}
+        for (ood, m), record in zip(pairs, found, strict=True):
+            if record is None:
+                left.setdefault(ood.name, (ood, []))[1].append(m)
+            else:
+                print(line_of(record), flush=True)
+        return list(left.values())
+
+    def _facts(self, test, ood, clusters):
+        """All of a record that is known before measuring, with its identity."""
+        for images in (test, ood):
+            if images.name not in self._fingerprints:
+                self._fingerprints[images.name] = features.fingerprint(images)
+        images = {"in": self._fingerprints[test.name], "ood": self._fingerprints[ood.name]}
+        facts = {"in": test.name, "ood": ood.name, "clusters": clusters, "n_in": len(test),
+                 "n_ood": len(ood), **self._common, "images": self._common["images"] | images}
+        return facts | {"id": identity(facts)}
 
     def add(
         self, test, test_scores, ood, ood_scores, *, clusters, panel, against="", **fields
     ):
-        """Measure one pair of sets and write its line and record.
+        """Measure one pair of sets and write its line and record, unless they are there already.
 
         Args:
             test, ood: data.ImageSet. test_scores, ood_scores: float64 [N], [M].
             clusters: m. panel: title of the plot that the pair belongs to.
             against: the outlier set on which the scores rest, where they do (SSDk).
-            fields: more for the record.
+            fields: more for the record, found in measuring.
 
         Returns:
             dict of metrics.
         """
         measured = detection.metrics(test_scores, ood_scores)
-        line = (f"In-data = {test.name}, OOD = {ood.name}, Clusters = {clusters}, "
-                f"FPR95 = {measured['fpr95']}, AUROC = {measured['auroc']}, "
-                f"AUPR = {measured['aupr']}")
-        record = {"in": test.name, "ood": ood.name, "clusters": clusters, **measured,
-                  "n_in": len(test), "n_ood": len(ood), **fields, **self._common,
+        facts = self._facts(test, ood, clusters)
+        first = {key: facts.pop(key) for key in ("in", "ood", "clusters")}
+        record = {**first, **measured, **fields, **facts,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        for suffix, text in ((".txt", line), (".jsonl", json.dumps(record))):
-            with open(f"{self.base}{suffix}", "a", encoding="utf-8",
-                      errors="surrogateescape") as file:
-                file.write(text + "\n")
-        print(line, flush=True)
+        self._records.add(record, self._again)
+        print(line_of(record), flush=True)
         _, _, shown = self._panels.setdefault(panel, (panel, test.name, {}))
         for images, values in ((test, test_scores), (ood, ood_scores)):
             if self._scores is not None and images.name not in shown:

@@ -249,7 +249,7 @@ def test_an_evaluation_is_repeatable_and_its_results_are_appended(
     for _ in range(2):
         done = command(
             "eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--clusters", 3,
-            "--data-mode", "ssl", "--scores", "s.csv", cwd=tmp_path,
+            "--data-mode", "ssl", "--scores", "s.csv", "--again", cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
     lines = (tmp_path / "eval_results/temp_eval_ssd_ssd.txt").read_text().splitlines()

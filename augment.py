@@ -18,23 +18,25 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width over height
 CROP_TRIES = 10
 FLIP, JITTER, GRAYSCALE = 0.5, 0.8, 0.2  # probabilities
 STRENGTH = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation (factors 1 +- s), hue (turns)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 PADDING = 4  # pixels, of the "org" augmentation
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue; torchvision's weights of grey
+PIECE = 2**17  # pixels that a thread of a CPU augments at a time: 1.5 MiB of them
 
 
 class SSLDraws(NamedTuple):
-    """Parameters of the "ssl" augmentation of B images; tensors on the CPU."""
+    """Parameters of the "ssl" augmentation of B images; drawn on the CPU."""
 
     box: torch.Tensor  # int64 [B, 4]: top, left, height, width of the crop, in pixels
     flip: torch.Tensor  # bool [B]
     jitter: torch.Tensor  # bool [B]: whether the colours are changed at all
-    order: torch.Tensor  # int64 [B, 4]: operations, first to last (indices into OPERATIONS)
-    factor: torch.Tensor  # float32 [B, 4]: strength of each operation, by index
+    order: torch.Tensor  # int64 [B, 4]: operations, first to last (BRIGHTNESS, ...)
+    factor: torch.Tensor  # float32 [B, 4]: strength of each operation
     gray: torch.Tensor  # bool [B]
 
 
 class OrgDraws(NamedTuple):
-    """Parameters of the "org" augmentation of B images; tensors on the CPU."""
+    """Parameters of the "org" augmentation of B images; drawn on the CPU."""
 
     shift: torch.Tensor  # int64 [B, 2]: top and left of the crop in the padded image, 0..8
     flip: torch.Tensor  # bool [B]
@@ -106,24 +108,31 @@ def apply_ssl(pixels, draws, size, mean=None, std=None):
 
     Args:
         pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed.
-        draws: SSLDraws of these B images.
+        draws: SSLDraws of these B images, on the CPU or on the device of `pixels`.
         size: S, side of the result in pixels.
-        mean, std: three numbers each, per channel on the [0, 1] scale; None leaves it at that.
+        mean, std: three numbers each, per channel on the [0, 1] scale, as a sequence or a tensor,
+            which is not copied if it is on the device of `pixels`; None leaves it at that.
 
     Returns:
         float32 [B, 3, S, S] on the device of `pixels`.
 
+    Every image takes the same way through the same operations, and what it was not drawn for
+    hands it back bit by bit: no shape depends on a draw, so torch.compile makes one graph of it
+    and no device is waited for.
+
     Source: torchvision's functional operations on float tensors, antialias on, in the original's
     order. The original works on 8-bit PIL images and rounds between the operations.
     """
-    box, flip = _to(draws.box, pixels), _to(draws.flip, pixels)
+    return _by_pieces(_ssl, pixels, draws, size, mean, std)
+
+
+def _ssl(pixels, draws, size, mean, std):
+    box, flip = draws.box, draws.flip
     rows = resampling(box[:, 0], box[:, 2], size, pixels.shape[2])
     columns = resampling(box[:, 1], box[:, 3], size, pixels.shape[3], flip)
     x = _resample(to_float(pixels), rows, columns)
     x = color_jitter(x, draws.jitter, draws.order, draws.factor)
-    gray = _to(draws.gray.nonzero().squeeze(1), x)
-    x[gray] = luma(x[gray]).expand(-1, 3, -1, -1)
-    return normalize(x, mean, std)
+    return normalize(_put(luma(x), x, draws.gray), mean, std)
 
 
 def apply_org(pixels, draws, size, mean=None, std=None):
@@ -131,13 +140,17 @@ def apply_org(pixels, draws, size, mean=None, std=None):
 
     Args and Returns: as apply_ssl, with OrgDraws. Source: as the original, without 8-bit rounding.
     """
+    return _by_pieces(_org, pixels, draws, size, mean, std)
+
+
+def _org(pixels, draws, size, mean, std):
     x = resize(to_float(pixels), size)
-    shift, flip = _to(draws.shift, x) - PADDING, _to(draws.flip, x)
     # A shift by whole pixels is a resampling too: a window as wide as the image, hung over its
     # edge. What it finds there has no weight, which is the zero of the padding.
+    shift = draws.shift - PADDING
     whole = torch.full_like(shift[:, 0], size)
     rows = resampling(shift[:, 0], whole, size, size)
-    columns = resampling(shift[:, 1], whole, size, size, flip)
+    columns = resampling(shift[:, 1], whole, size, size, draws.flip)
     return normalize(_resample(x, rows, columns), mean, std)
 
 
@@ -147,6 +160,42 @@ def apply_base(pixels, size, mean=None, std=None):
     Args and Returns: as apply_ssl, without draws.
     """
     return normalize(resize(to_float(pixels), size), mean, std)
+
+
+def to(draws, device):
+    """Bring draws to a device without making the host wait.
+
+    Args:
+        draws: SSLDraws or OrgDraws.
+        device: torch.device.
+
+    Returns:
+        The same draws on that device; those that are there already are not copied.
+    """
+    return type(draws)(*(_move(d, torch.device(device)) for d in draws))
+
+
+def _move(tensor, device):
+    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _by_pieces(chain, pixels, draws, size, mean, std):
+    """Run a chain on the whole batch; on a CPU on pieces of it that its caches hold."""
+    draws = to(draws, pixels.device)
+    if mean is not None:
+        mean, std = (_constant(v, pixels.device) for v in (mean, std))
+    if torch.compiler.is_compiling() or pixels.device.type != "cpu":
+        return chain(pixels, draws, size, mean, std)
+    piece = max(1, PIECE * torch.get_num_threads() // size**2)
+    if len(pixels) <= piece:
+        return chain(pixels, draws, size, mean, std)
+    out = torch.empty(len(pixels), 3, size, size)
+    for start in range(0, len(pixels), piece):
+        now = slice(start, start + piece)
+        out[now] = chain(pixels[now], type(draws)(*(d[now] for d in draws)), size, mean, std)
+    return out
 
 
 def to_float(pixels):
@@ -165,12 +214,20 @@ def normalize(x, mean, std):
 
     Args:
         x: float [B, 3, S, S].
-        mean, std: three numbers each; None for both returns `x` as it is.
+        mean, std: three numbers each, as a sequence or a tensor; None for both returns `x` as
+            it is.
     """
     if mean is None:
         return x
-    mean, std = (_to(torch.tensor(v, dtype=x.dtype).view(1, 3, 1, 1), x) for v in (mean, std))
+    mean, std = (_constant(v, x.device).view(1, 3, 1, 1) for v in (mean, std))
     return x.sub_(mean).div_(std)
+
+
+def _constant(values, device):
+    """Three numbers as a float32 tensor on a device; one that is there is not copied."""
+    if not isinstance(values, torch.Tensor):
+        values = torch.tensor(values)
+    return _move(values.float(), device)
 
 
 def resize(x, size):
@@ -187,10 +244,12 @@ def resize(x, size):
     if height == width == size:
         return x
     side = min(height, width)
-    corner = _to(torch.tensor([[(height - side) // 2], [(width - side) // 2]]), x)
-    length = _to(torch.tensor([side]), x)
-    rows = resampling(corner[0], length, size, height)
-    columns = resampling(corner[1], length, size, width)
+    top, left, length = (
+        torch.full((1,), v, device=x.device)
+        for v in ((height - side) // 2, (width - side) // 2, side)
+    )
+    rows = resampling(top, length, size, height)
+    columns = resampling(left, length, size, width)
     return _resample(x, rows.expand(len(x), -1, -1), columns.expand(len(x), -1, -1))
 
 
@@ -239,24 +298,31 @@ def luma(x):
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
 
 
-def _blend(x, other, factor):
-    """factor * x + (1 - factor) * other, kept in [0, 1]; factor [B, 1, 1, 1]."""
-    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+def blend(x, operation, factor, due):
+    """Change brightness, contrast or saturation, each image by its own operation and factor.
 
+    All three are factor * x + (1 - factor) * other, kept in [0, 1], where other is black, the mean
+    grey of the image, or the grey of each pixel.
 
-def adjust_brightness(x, factor):
-    """Scale float images [B, 3, H, W] by a factor per image [B], kept in [0, 1]."""
-    return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
+    Args:
+        x: float [B, 3, H, W] in [0, 1]; changed.
+        operation: int64 [B], BRIGHTNESS, CONTRAST or SATURATION.
+        factor: float32 [B].
+        due: bool [B], images to change; the others stay as they are, bit by bit.
 
-
-def adjust_contrast(x, factor):
-    """Move float images [B, 3, H, W] away from their mean grey by a factor per image [B]."""
-    return _blend(x, luma(x).mean(dim=(1, 2, 3), keepdim=True), factor.view(-1, 1, 1, 1))
-
-
-def adjust_saturation(x, factor):
-    """Move float images [B, 3, H, W] away from their own grey by a factor per image [B]."""
-    return _blend(x, luma(x), factor.view(-1, 1, 1, 1))
+    Returns:
+        `x`.
+    """
+    factor = torch.where(due, factor, 1)
+    rest = 1 - factor
+    to_mean = torch.where(operation == CONTRAST, rest, 0)
+    to_grey = torch.where(operation == SATURATION, rest, 0)
+    most = torch.where(due, 1, torch.inf)  # a resampled 1 may be more by a rounding
+    grey = luma(x)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True) * _each(to_mean)
+    grey = grey.mul_(_each(to_grey)).add_(mean)
+    x = x.mul_(_each(factor)).add_(grey)
+    return torch.minimum(x, _each(most)).clamp_(min=0)
 
 
 def adjust_hue(x, shift):
@@ -264,50 +330,66 @@ def adjust_hue(x, shift):
     red, green, blue = x.unbind(dim=1)  # [B, H, W] each
     value, least = x.amax(dim=1), x.amin(dim=1)
     chroma = value - least
-    inverse = 1 / chroma.masked_fill(chroma == 0, 1)  # grey has no hue; its chroma hides any
-    sector = torch.where(  # hue in sixths of a turn
-        value == red,
-        (green - blue) * inverse,
-        torch.where(value == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
-    )
-    sector = sector + 6 * shift.view(-1, 1, 1)
-    out = torch.empty_like(x)
-    for channel, offset in enumerate((5, 3, 1)):  # HSV to RGB without its six cases
-        k = (sector + offset).remainder(6)
-        out[:, channel] = value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return out
-
-
-OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    # Choices are products with 0 and 1, which change no bit: on a CPU a torch.where of this size
+    # takes ten times as long.
+    is_red = _equal(value, red)
+    is_green = _equal(value, green).mul_(1 - is_red)
+    is_blue = 1 - is_red - is_green
+    across = (green - blue).mul_(is_red)
+    across = across.add_((blue - red).mul_(is_green)).add_((red - green).mul_(is_blue))
+    grey = _equal(chroma, 0)  # has no hue; its chroma hides any
+    sector = across.mul_(1 / (chroma + grey))  # hue in sixths of a turn, from its primary
+    sector = sector.add_(is_green.mul_(2).add_(is_blue.mul_(4)))
+    sector = sector.add_(6 * shift.view(-1, 1, 1))
+    # HSV to RGB without its six cases
+    k = sector[:, None] + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # [B, 3, H, W]
+    k = k.sub_((k / 6).floor_().mul_(6))
+    k = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return value[:, None] - k.mul_(chroma[:, None])
 
 
 def color_jitter(x, apply, order, factor):
-    """Apply each image's four colour operations in that image's own order. Changes `x`.
+    """Apply each image's four colour operations in that image's own order.
 
     Args:
-        x: float [B, 3, H, W] in [0, 1].
-        apply: bool [B] on the CPU, images that are changed.
-        order: int64 [B, 4] on the CPU, a permutation of OPERATIONS a row.
-        factor: float32 [B, 4] on the CPU, by operation.
+        x: float [B, 3, H, W] in [0, 1]; changed.
+        apply: bool [B], images that are changed.
+        order: int64 [B, 4], a permutation of the operations a row, first to last.
+        factor: float32 [B, 4], by operation.
 
     Returns:
-        `x`.
+        float [B, 3, H, W].
     """
-    strength = _to(factor, x)
-    images = apply.nonzero().squeeze(1)
-    for turn in range(len(OPERATIONS)):
-        # Images that are due the same operation now go through it together. The grouping is
-        # worked out on the CPU, where the draws are, so no device waits for it.
-        due = order[images, turn]
-        groups = _to(images[due.argsort()], x).split(due.bincount(minlength=4).tolist())
-        for index, rows in enumerate(groups):
-            if len(rows):
-                x[rows] = OPERATIONS[index](x[rows], strength[rows, index])
+    # Hue is the one operation that is no blend, and each image has it once. So all go through
+    # the blends that come before it, hue, and the blends that come after it.
+    due = apply
+    for turn in range(3):
+        due = due & (order[:, turn] != HUE)
+        x = blend(x, order[:, turn], _pick(factor, order[:, turn]), due)
+    x = _put(adjust_hue(x, factor[:, HUE]), x, apply)
+    past = torch.zeros_like(apply)
+    for turn in range(1, 4):
+        past = past | (order[:, turn - 1] == HUE)
+        x = blend(x, order[:, turn], _pick(factor, order[:, turn]), past & apply)
     return x
 
 
-def _to(draw, x):
-    """Copy a small tensor from the CPU to the device of `x` without making the host wait."""
-    if x.device.type != "cuda" or not draw.numel():
-        return draw.to(x.device)
-    return draw.pin_memory().to(x.device, non_blocking=True)
+def _pick(factor, operation):
+    """[B, 4] at [B] -> [B]."""
+    return factor.gather(1, operation[:, None]).squeeze(1)
+
+
+def _put(images, x, chosen):
+    """Replace the chosen images of `x`, which is changed."""
+    chosen = _each(chosen).float()
+    return x.mul_(1 - chosen).add_(images * chosen)
+
+
+def _equal(x, other):
+    """1. where two tensors agree, else 0."""
+    return x.clone().eq_(other)
+
+
+def _each(values):
+    """[B] -> [B, 1, 1, 1], to go with images."""
+    return values.view(-1, 1, 1, 1)

@@ -1,6 +1,6 @@
 """augment.py against torchvision: operations image by image, parameter draws in distribution.
 
-    pytest tests/test_augment.py -rP     # 10 s on 2 cores; -rP shows the distance from 8-bit PIL
+    pytest tests/test_augment.py -rP     # 20 s on 2 cores; -rP shows the distance from 8-bit PIL
 
 The reference is torchvision's functional operations, called once per image on float tensors
 (antialias on) with the parameters that augment.py drew; the draws are compared with get_params.
@@ -8,6 +8,7 @@ The reference is torchvision's functional operations, called once per image on f
 
 import functools
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,14 @@ def painted(*colour):
     return torch.tensor(colour).view(3, 1, 1).expand(3, 4, 4).contiguous()
 
 
+def operated(index, x, factors):
+    """augment.py's operation of that index on images [B, 3, H, W], by a factor each."""
+    if index == augment.HUE:
+        return augment.adjust_hue(x, factors)
+    every = torch.ones(len(x), dtype=torch.bool)
+    return augment.blend(x.clone(), torch.full((len(x),), index), factors, every)
+
+
 PICTURES = {
     "random": random_images(1, 8, 8)[0],
     "another random": random_images(1, 5, 7, seed=1)[0],
@@ -99,21 +108,37 @@ PICTURES = {
 def test_a_colour_operation_equals_torchvisions_at_every_factor(index, picture):
     factors = torch.linspace(-0.5, 0.5, 21) if NAMES[index] == "hue" else torch.linspace(0, 2, 21)
     x = PICTURES[picture]
-    found = augment.OPERATIONS[index](x.expand(len(factors), -1, -1, -1), factors)
+    found = operated(index, x.expand(len(factors), -1, -1, -1), factors)
     close(found, torch.stack([REFERENCE[index](x, f.item()) for f in factors]))
 
 
 @pytest.mark.parametrize("index", range(4), ids=NAMES)
-def test_a_colour_operation_treats_every_image_by_its_own_factor_and_leaves_its_input(index):
+def test_a_colour_operation_treats_every_image_by_its_own_factor(index):
     x = random_images(6, 8, 8)
-    before = x.clone()
     factors = torch.rand(6, generator=generator()) - 0.5
-    found = augment.OPERATIONS[index](x, factors + (NAMES[index] != "hue"))
+    found = operated(index, x, factors + (NAMES[index] != "hue"))
     expected = [
         REFERENCE[index](image, f.item() + (NAMES[index] != "hue"))
         for image, f in zip(x, factors, strict=True)
     ]
     close(found, torch.stack(expected))
+
+
+def test_blends_of_three_kinds_share_a_batch_and_images_that_are_not_due_pass_bit_by_bit():
+    x = random_images(6, 8, 8) * (1 + 2**-23)  # a resampled 1 may be more by a rounding
+    x[5] = 1 + 2**-23
+    kind = torch.tensor([0, 1, 2, 0, 1, 2])
+    due = torch.tensor([True, True, True, False, False, False])
+    factors = torch.full((6,), 1.3)
+    found = augment.blend(x.clone(), kind, factors, due)
+    close(found[:3], torch.stack([REFERENCE[i](x[i], 1.3) for i in range(3)]))
+    assert torch.equal(found[3:], x[3:])
+
+
+def test_turning_the_hue_leaves_its_input_as_it_was():
+    x = random_images(6, 8, 8)
+    before = x.clone()
+    augment.adjust_hue(x, torch.full((6,), 0.1))
     assert torch.equal(x, before)
 
 
@@ -121,7 +146,7 @@ def test_a_colour_operation_treats_every_image_by_its_own_factor_and_leaves_its_
 def test_the_neutral_factor_of_a_colour_operation_changes_nothing(index):
     x = random_images(2, 8, 8)
     neutral = torch.full((2,), 0.0 if NAMES[index] == "hue" else 1.0)
-    close(augment.OPERATIONS[index](x, neutral), x, tolerance=1e-6)
+    close(operated(index, x, neutral), x, tolerance=1e-6)
 
 
 def test_grey_is_the_weighted_sum_of_the_channels_that_torchvision_takes():
@@ -373,6 +398,68 @@ def test_8_bit_images_and_their_floats_give_the_same_result(chain):
     assert torch.equal(CHAINS[chain](pixels, 8), CHAINS[chain](pixels.float() / 255, 8))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("source", [32, 60])
+@pytest.mark.parametrize("chain", ["ssl", "org"])
+def test_a_batch_made_in_pieces_is_the_batch_made_at_once_bit_by_bit(
+    chain, source, threads, monkeypatch
+):
+    pixels = random_bytes(11, source, source)
+    at_once = CHAINS[chain](pixels, 11)
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(augment, "PIECE", 4 * 16**2 // threads)  # four images of these chains
+    in_pieces = CHAINS[chain](pixels, 11)
+    torch.set_num_threads(1)
+    assert torch.equal(in_pieces, at_once)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_constants_may_be_tensors_and_are_left_as_they_were(chain, monkeypatch):
+    pixels = random_bytes(8, 24, 24)
+    expected = CHAINS[chain](pixels, 8)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    monkeypatch.setitem(globals(), "MEAN", mean)
+    monkeypatch.setitem(globals(), "STD", std)
+    assert torch.equal(CHAINS[chain](pixels, 8), expected)
+    assert mean.tolist() == pytest.approx([0.491, 0.482, 0.447])
+    assert std.tolist() == pytest.approx([0.202, 0.199, 0.201])
+
+
+# --- without waiting, and compiled ----------------------------------------------------------------
+
+
+def given(chain, n, source, device):
+    """Function that augments pixels on a device, with everything else there already."""
+    mean, std = (torch.tensor(v, device=device) for v in (MEAN, STD))
+    if chain == "base":
+        return lambda x: augment.apply_base(x, 16, mean, std)
+    draws = {
+        "ssl": lambda: augment.draw_ssl(n, source, source, generator(11)),
+        "org": lambda: augment.draw_org(n, generator(11)),
+    }[chain]()
+    draws = augment.to(draws, device)
+    apply = {"ssl": augment.apply_ssl, "org": augment.apply_org}[chain]
+    return lambda x: apply(x, draws, 16, mean, std)
+
+
+@pytest.mark.parametrize("source", [16, 24])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_no_shape_and_no_step_depends_on_a_value_so_no_device_is_waited_for(chain, source):
+    # Tensors of the meta device have no values: what would read one fails there.
+    pixels = torch.empty(6, 3, source, source, dtype=torch.uint8, device="meta")
+    found = given(chain, 6, source, "meta")(pixels)
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float32, (6, 3, 16, 16))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler: c++")
+def test_the_ssl_augmentation_compiles_to_one_graph_of_the_same_values():
+    pixels = random_bytes(16, 16, 16)
+    draws = augment.draw_ssl(16, 16, 16, generator(11))
+    compiled = torch.compile(augment.apply_ssl, fullgraph=True, dynamic=False)
+    # A rounding of the hue, a number up to 6, is 5e-7; the blends after it multiply it by 1.4 each.
+    close(compiled(pixels, draws, 16), augment.apply_ssl(pixels, draws, 16), tolerance=2e-6)
+
+
 # --- the original's 8-bit chain -------------------------------------------------------------------
 
 # Mean absolute difference on the [0, 1] scale, twice what was measured. Half a level, 0.002, is the
@@ -589,3 +676,20 @@ def test_a_gpu_augments_as_the_cpu_does(chain, source, dtype):
     found = CHAINS[chain](pixels.cuda(), 64)
     assert found.device.type == "cuda"
     close(found.cpu(), CHAINS[chain](pixels, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("source", [16, 24])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_gpu_is_not_waited_for(chain, source):
+    pixels = random_bytes(64, source, source).cuda()
+    augmented = given(chain, 64, source, "cuda")
+    expected = augmented(pixels)  # libraries are loaded once, which waits
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = augmented(pixels)
+        moved = augment.to(augment.draw_org(64, generator(11)), "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+    assert moved.shift.device.type == "cuda"

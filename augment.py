@@ -127,12 +127,9 @@ def apply_ssl(pixels, draws, size, mean=None, std=None):
 
 
 def _ssl(pixels, draws, size, mean, std):
-    box, flip = draws.box, draws.flip
-    rows = resampling(box[:, 0], box[:, 2], size, pixels.shape[2])
-    columns = resampling(box[:, 1], box[:, 3], size, pixels.shape[3], flip)
-    x = _resample(to_float(pixels), rows, columns)
+    x = resized_crop(pixels, draws.box, draws.flip, size)
     x = color_jitter(x, draws.jitter, draws.order, draws.factor)
-    return normalize(_put(luma(x), x, draws.gray), mean, std)
+    return normalize(grayscale(x, draws.gray), mean, std)
 
 
 def apply_org(pixels, draws, size, mean=None, std=None):
@@ -253,6 +250,23 @@ def resize(x, size):
     return _resample(x, rows.expand(len(x), -1, -1), columns.expand(len(x), -1, -1))
 
 
+def resized_crop(pixels, box, flip, size):
+    """Cut a window of its own out of each image, bring it to one size, mirror some.
+
+    Args:
+        pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed.
+        box: int64 [B, 4], top, left, height and width in pixels. flip: bool [B].
+        size: S.
+
+    Returns:
+        float32 [B, 3, S, S], bilinear with antialiasing.
+    """
+    height, width = pixels.shape[2:]
+    rows = resampling(box[:, 0], box[:, 2], size, height)
+    columns = resampling(box[:, 1], box[:, 3], size, width, flip)
+    return _resample(to_float(pixels), rows, columns)
+
+
 def resampling(start, length, size, source, flip=None):
     """Write crop, antialiased bilinear resize and flip along one axis as a matrix per image.
 
@@ -296,6 +310,11 @@ def luma(x):
     """Mix the channels [B, 3, H, W] to grey [B, 1, H, W] with torchvision's weights."""
     red, green, blue = x.unbind(dim=1)
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
+
+
+def grayscale(x, chosen):
+    """Make the chosen images (bool [B]) of float [B, 3, H, W] grey. Changes `x`."""
+    return _put(luma(x), x, chosen)
 
 
 def blend(x, operation, factor, due):

@@ -131,6 +131,18 @@ def matmul_rate(device, dtype, repeats=9, side=None):
     return 2 * side**3 / median
 
 
+def row(what, unit, plain, ours, products=None):
+    """Make a row of the README's table, which a record holds in a list under "table".
+
+    Args:
+        what: is measured, with its sizes; few words.
+        unit: "s" (less is better) or a rate such as "views/s" (more is better).
+        plain, ours: the figure of the plain way and of ours, measured in one run.
+        products: what it would be if the matrix products alone took time; None leaves it empty.
+    """
+    return {"what": what, "unit": unit, "plain": plain, "ours": ours, "products": products}
+
+
 def write_record(name, content, path=None):
     """Write a benchmark's result as JSON, whole or not at all.
 

@@ -309,7 +309,7 @@ def _resample(x, rows, columns):
 def luma(x):
     """Mix the channels [B, 3, H, W] to grey [B, 1, H, W] with torchvision's weights."""
     red, green, blue = x.unbind(dim=1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).unsqueeze(1)
+    return (LUMA[0] * red).add_(LUMA[1] * green).add_(LUMA[2] * blue).unsqueeze(1)
 
 
 def grayscale(x, chosen):
@@ -340,8 +340,7 @@ def blend(x, operation, factor, due):
     grey = luma(x)
     mean = grey.mean(dim=(1, 2, 3), keepdim=True) * _each(to_mean)
     grey = grey.mul_(_each(to_grey)).add_(mean)
-    x = x.mul_(_each(factor)).add_(grey)
-    return torch.minimum(x, _each(most)).clamp_(min=0)
+    return x.mul_(_each(factor)).add_(grey).clamp_max_(_each(most)).clamp_min_(0)
 
 
 def adjust_hue(x, shift):

@@ -73,13 +73,13 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def timed(function, device):
-    """Call a function once: wall-clock seconds, the device idle before and after."""
+def timed(function, device, clock=time.perf_counter):
+    """Call a function once: seconds by the clock, the device idle before and after."""
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def median_seconds(function, repeats, warmup, device):
@@ -97,11 +97,13 @@ def median_seconds(function, repeats, warmup, device):
     return statistics.median(seconds), seconds
 
 
-def interleaved(functions, repeats, warmup, device):
+def interleaved(functions, repeats, warmup, device, clock=time.perf_counter):
     """Time several functions in turns: first, second, ..., first, second, ...
 
     Args:
-        functions: {name: function without arguments}. The others: as for median_seconds.
+        functions: {name: function without arguments}. repeats, warmup, device: as for
+            median_seconds.
+        clock: time.process_time instead measures the CPU's work where one thread does it all.
 
     Returns:
         {name: list of seconds, one for each of the `repeats` rounds}.
@@ -109,7 +111,7 @@ def interleaved(functions, repeats, warmup, device):
     seconds = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
-            spent = timed(function, device)
+            spent = timed(function, device, clock)
             if turn >= warmup:
                 seconds[name].append(spent)
     return seconds

@@ -5,6 +5,8 @@
 #   make test-faults   kills, full disks, damaged files: a quarter of an hour, prints a table
 #   make lint     ruff
 #   make costs    peak memory and time of features and detection
+#   make bench    ours beside the plain way, at sizes for a CPU, under 5 minutes; writes the records
+#                 and the README's table of them
 #
 # make PYTHON=python3.12 ... chooses the interpreter that .venv is made of (3.10 to 3.13).
 
@@ -12,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults lint costs clean
+.PHONY: demo test test-faults lint costs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -30,6 +32,13 @@ lint: $(VENV)/ready-dev
 
 costs: $(VENV)/ready
 	$(BIN)/python benchmarks/costs.py
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_step.py --quick --fast
+	$(BIN)/python benchmarks/bench_augment.py --quick
+	$(BIN)/python benchmarks/bench_extract.py --quick
+	$(BIN)/python benchmarks/bench_detection.py --quick
+	$(BIN)/python benchmarks/table.py --write README.md
 
 $(VENV)/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)

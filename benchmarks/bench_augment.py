@@ -32,7 +32,7 @@ MEAN, STD = data.SETS["cifar10"].mean, data.SETS["cifar10"].std
 
 
 def plain_parts(size):
-    """The plain pipeline in three parts: function of a list of what the part before returned."""
+    """The plain pipeline of one PIL image in three parts: {name: transform}."""
     from torchvision import transforms as t
 
     jitter = t.ColorJitter(*augment.STRENGTH)
@@ -46,11 +46,7 @@ def plain_parts(size):
         ],
         "to tensor, normalise": [t.ToTensor(), t.Normalize(MEAN, STD)],
     }
-
-    def of_each(chain):
-        return lambda images: [chain(image) for image in images]
-
-    return {name: of_each(t.Compose(chain)) for name, chain in parts.items()}
+    return {name: t.Compose(chain) for name, chain in parts.items()}
 
 
 def our_parts(draws, size):
@@ -107,7 +103,10 @@ def on_cpu(pixels, size, repeats, warmup):
     # keeps freed memory, and tensors no longer pay for new pages from the system.
     torch.empty(28 * 2**20, dtype=torch.uint8).fill_(0)
     images = [Image.fromarray(x) for x in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
-    plain = plain_parts(size)
+    plain = {
+        name: lambda images, part=part: [part(image) for image in images]
+        for name, part in plain_parts(size).items()
+    }
 
     def plain_way():
         x = images

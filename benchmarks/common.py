@@ -117,20 +117,24 @@ def interleaved(functions, repeats, warmup, device, clock=time.perf_counter):
     return seconds
 
 
-def matmul_rate(device, dtype, repeats=9, side=None):
-    """Measure the rate of products of two square matrices: the yardstick for shares.
+def products(device, dtype, count=1):
+    """Make the yardstick for shares: a function that multiplies two large square matrices.
 
     Args:
         device: torch.device. dtype: of the matrices.
-        side: of the matrices; None is large enough to be near the machine's best.
+        count: products a call.
 
     Returns:
-        float FLOP/s, a multiply-add counted as two; the median of `repeats` products.
+        (function without arguments, FLOPs of a call, a multiply-add counted as two).
     """
-    side = MATMUL_SIDE[torch.device(device).type] if side is None else side
+    side = MATMUL_SIDE[torch.device(device).type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    median, _ = median_seconds(lambda: a @ b, repeats, 3, device)
-    return 2 * side**3 / median
+
+    def call():
+        for _ in range(count):
+            a @ b
+
+    return call, 2 * side**3 * count
 
 
 def row(what, unit, plain, ours, products=None):

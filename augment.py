@@ -317,29 +317,33 @@ def grayscale(x, chosen):
     return _put(luma(x), x, chosen)
 
 
-def blend(x, operation, factor, due):
-    """Change brightness, contrast or saturation, each image by its own operation and factor.
+def blending(operation, factor, due):
+    """Write brightness, contrast and saturation as one formula: the coefficients of `blend`.
 
     All three are factor * x + (1 - factor) * other, kept in [0, 1], where other is black, the mean
     grey of the image, or the grey of each pixel.
 
     Args:
-        x: float [B, 3, H, W] in [0, 1]; changed.
-        operation: int64 [B], BRIGHTNESS, CONTRAST or SATURATION.
-        factor: float32 [B].
-        due: bool [B], images to change; the others stay as they are, bit by bit.
+        operation: int64 [B, ...], BRIGHTNESS, CONTRAST or SATURATION.
+        factor: float32 [B, ...]. due: bool [B, ...], whether to change anything at all.
 
     Returns:
-        `x`.
+        float32 [B, ...] each: what x, its grey and its mean grey are multiplied by, and the
+        largest value that is kept.
     """
     factor = torch.where(due, factor, 1)
     rest = 1 - factor
-    to_mean = torch.where(operation == CONTRAST, rest, 0)
-    to_grey = torch.where(operation == SATURATION, rest, 0)
+    of_grey = torch.where(operation == SATURATION, rest, 0)
+    of_mean = torch.where(operation == CONTRAST, rest, 0)
     most = torch.where(due, 1, torch.inf)  # a resampled 1 may be more by a rounding
+    return factor, of_grey, of_mean, most
+
+
+def blend(x, factor, of_grey, of_mean, most):
+    """Change float images [B, 3, H, W] by what `blending` returns, [B] each. Changes `x`."""
     grey = luma(x)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True) * _each(to_mean)
-    grey = grey.mul_(_each(to_grey)).add_(mean)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True) * _each(of_mean)
+    grey = grey.mul_(_each(of_grey)).add_(mean)
     return x.mul_(_each(factor)).add_(grey).clamp_max_(_each(most)).clamp_min_(0)
 
 
@@ -379,22 +383,18 @@ def color_jitter(x, apply, order, factor):
         float [B, 3, H, W].
     """
     # Hue is the one operation that is no blend, and each image has it once. So all go through
-    # the blends that come before it, hue, and the blends that come after it.
-    due = apply
-    for turn in range(3):
-        due = due & (order[:, turn] != HUE)
-        x = blend(x, order[:, turn], _pick(factor, order[:, turn]), due)
+    # three blends before it and three after it, of which three in all are due.
+    turn = torch.arange(4, device=x.device)
+    hue_turn = ((order == HUE) * turn).sum(dim=1, keepdim=True)
+    operation = torch.cat([order[:, :3], order[:, 1:]], dim=1)  # [B, 6]
+    due = torch.cat([turn[:3] < hue_turn, turn[1:] > hue_turn], dim=1) & apply[:, None]
+    steps = blending(operation, factor.gather(1, operation), due)
+    for i in range(3):
+        x = blend(x, *(s[:, i] for s in steps))
     x = _put(adjust_hue(x, factor[:, HUE]), x, apply)
-    past = torch.zeros_like(apply)
-    for turn in range(1, 4):
-        past = past | (order[:, turn - 1] == HUE)
-        x = blend(x, order[:, turn], _pick(factor, order[:, turn]), past & apply)
+    for i in range(3, 6):
+        x = blend(x, *(s[:, i] for s in steps))
     return x
-
-
-def _pick(factor, operation):
-    """[B, 4] at [B] -> [B]."""
-    return factor.gather(1, operation[:, None]).squeeze(1)
 
 
 def _put(images, x, chosen):
@@ -410,4 +410,4 @@ def _equal(x, other):
 
 def _each(values):
     """[B] -> [B, 1, 1, 1], to go with images."""
-    return values.view(-1, 1, 1, 1)
+    return values.reshape(-1, 1, 1, 1)

@@ -76,7 +76,8 @@ def operated(index, x, factors):
     if index == augment.HUE:
         return augment.adjust_hue(x, factors)
     every = torch.ones(len(x), dtype=torch.bool)
-    return augment.blend(x.clone(), torch.full((len(x),), index), factors, every)
+    kind = torch.full((len(x),), index)
+    return augment.blend(x.clone(), *augment.blending(kind, factors, every))
 
 
 PICTURES = {
@@ -130,7 +131,7 @@ def test_blends_of_three_kinds_share_a_batch_and_images_that_are_not_due_pass_bi
     kind = torch.tensor([0, 1, 2, 0, 1, 2])
     due = torch.tensor([True, True, True, False, False, False])
     factors = torch.full((6,), 1.3)
-    found = augment.blend(x.clone(), kind, factors, due)
+    found = augment.blend(x.clone(), *augment.blending(kind, factors, due))
     close(found[:3], torch.stack([REFERENCE[i](x[i], 1.3) for i in range(3)]))
     assert torch.equal(found[3:], x[3:])
 

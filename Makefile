@@ -3,6 +3,7 @@
 #   make demo     train on real digits and detect outliers, about 2 minutes
 #   make test     the tests, a few minutes
 #   make test-faults   kills, full disks, damaged files: a quarter of an hour, prints a table
+#   make test-slurm   the batch scripts on a Slurm of one node, which it starts (as root) and stops
 #   make lint     ruff
 #   make costs    peak memory and time of features and detection
 #   make bench    ours beside the plain way, at sizes for a CPU, under 5 minutes; writes the records
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults lint costs bench clean
+.PHONY: demo test test-faults test-slurm lint costs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -26,6 +27,9 @@ test: $(VENV)/ready-dev
 
 test-faults: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
+
+test-slurm: $(VENV)/ready-dev
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(VENV)/ready-dev
 	$(BIN)/python -m ruff check .

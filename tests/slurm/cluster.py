@@ -1,0 +1,180 @@
+"""A real Slurm of one node in a folder of its own: munged, slurmctld and slurmd, all on loopback.
+
+A Slurm or munge that the machine may have is neither read nor touched: key, sockets, ports, state
+and logs are this one's own, and it ends what it started by process id.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue")
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+         "TIMEOUT"}
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")  # stand for GPUs
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+CommunicationParameters=NoInAddrAny
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until the credential of its last start has expired, by default for 120 s
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+SlurmctldDebug=verbose
+SlurmdDebug=verbose
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2,batch_sched_delay=0
+ReturnToService=2
+JobRequeue=1
+RequeueExit={requeue_exit}
+KillWait=30
+MinJobAge=3600
+GresTypes=gpu
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=256000 Gres=gpu:{gpus}
+PartitionName=main Nodes={host} Default=YES State=UP
+"""
+
+
+def why_not():
+    """Say why no Slurm can be started here; None if it can."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    if missing:
+        return f"needs Slurm, and there is no {', '.join(missing)} (slurm-wlm and munge of Debian)"
+    return None if os.geteuid() == 0 else "needs root, to start Slurm"
+
+
+class Cluster:
+    """A Slurm to be started and stopped.
+
+    Args:
+        folder: an empty folder that every user may enter; all is written below it.
+        requeue_exit: exit status of jobs that Slurm itself requeues, as some sites have it.
+    """
+
+    def __init__(self, folder, requeue_exit):
+        self.folder = Path(folder)
+        self._host = socket.gethostname().partition(".")[0]
+        self._daemons = []
+        self._env = {
+            name: value for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "CUDA_"))
+        } | {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        for name in ("munge", "state", "spool"):
+            (self.folder / name).mkdir(mode=0o755)
+        self._configure(requeue_exit)
+
+    def _configure(self, requeue_exit):
+        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(
+            host=self._host, folder=self.folder, ports=_free_ports(2), requeue_exit=requeue_exit,
+            gpus=len(DEVICES),
+        ))
+        gpus = "".join(f"NodeName={self._host} Name=gpu File={file}\n" for file in DEVICES)
+        (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{gpus}")
+        release = re.search(r"(\d+)\.(\d+)", self.command("slurmd", "-V")).groups()
+        plugin = "disabled" if tuple(map(int, release)) >= (23, 11) else "cgroup/v1"
+        (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
+        key = self.folder / "munge" / "key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        for path in (key, key.parent):
+            shutil.chown(path, "munge", "munge")
+
+    def start(self):
+        """Start the three daemons; return when the node takes jobs."""
+        munge = self.folder / "munge"
+        self._start(
+            "munged", "--foreground", f"--key-file={munge}/key", f"--socket={munge}/socket",
+            f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
+            user="munge", group="munge", extra_groups=[],
+        )
+        self.until((munge / "socket").exists, 30, "munged's socket")
+        self._start("slurmctld", "-D")
+        self._start("slurmd", "-D")
+        self.until(lambda: "State=IDLE" in self._node(), 60, "an idle node")
+
+    def _start(self, program, *arguments, **user):
+        with (self.folder / f"{program}.out").open("wb") as out:
+            self._daemons.append(subprocess.Popen(
+                [program, *arguments], env=self._env, cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=subprocess.STDOUT, **user,
+            ))
+
+    def _node(self):
+        return self.command("scontrol", "show", "node", self._host, check=False)
+
+    def stop(self):
+        """Cancel what still runs and end the daemons."""
+        try:
+            self.command("scancel", "--user=root")
+            self.until(lambda: not self.command("squeue", "-h"), 60, "the end of all jobs")
+        finally:
+            for daemon in reversed(self._daemons):
+                daemon.terminate()
+                daemon.wait(30)
+
+    def command(self, *words, check=True, env=None, **kwargs):
+        """Run a command of Slurm; return its stdout."""
+        done = subprocess.run(
+            words, env=self._env | (env or {}), timeout=60, capture_output=True, text=True,
+            check=False, **kwargs,
+        )
+        if check and done.returncode != 0:
+            raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def job(self, number):
+        """Describe a job or one task of an array ("7_1"): Slurm's fields, by their names."""
+        text = self.command("scontrol", "show", "job", "--oneliner", str(number))
+        return dict(re.findall(r"(\S+?)=(\S*)", text))
+
+    def wait(self, number, seconds=400):
+        """Wait for the end of a job; return its fields."""
+
+        def ended():
+            job = self.job(number)
+            return job if job["JobState"] in ENDED else None
+
+        return self.until(ended, seconds, f"the end of job {number}")
+
+    def until(self, happened, seconds, what):
+        """Wait until a function returns something true, and return that."""
+        end = time.monotonic() + seconds
+        while not (value := happened()):
+            dead = [daemon.args[0] for daemon in self._daemons if daemon.poll() is not None]
+            if dead or time.monotonic() > end:
+                raise RuntimeError(f"waited in vain for {what} (daemons that ended: {dead})")
+            time.sleep(0.2)
+        return value
+
+
+def _free_ports(n):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

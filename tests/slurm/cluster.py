@@ -152,7 +152,7 @@ class Cluster:
         text = self.command("scontrol", "show", "job", "--oneliner", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, number, seconds=400):
+    def wait(self, number, seconds=900):
         """Wait for the end of a job; return its fields."""
 
         def ended():

@@ -373,6 +373,28 @@ def _download(cls, kwargs, where, request):
         ) from None
 
 
+def _mnist(request):
+    """MNIST's 60,000 + 10,000 digits of 28x28 pixels, grey."""
+    from torchvision.datasets import MNIST
+
+    where = request.data_dir / "mnist"
+    place = f"put {', '.join(name for name, _ in MNIST.resources)} in {where / 'MNIST/raw'}"
+    try:
+        try:
+            images = MNIST(str(where), request.split == "train", download=False)
+        except RuntimeError:  # torchvision's "not found"
+            if not request.download:
+                raise UserError(f"mnist: not found under {where}; {place}, unpacked") from None
+            images = MNIST(str(where), request.split == "train", download=True)
+    except DOWNLOAD_ERRORS as error:
+        raise UserError(f"mnist: not found under {where}, and its download failed ({error}); "
+                        f"{place}, unpacked") from None
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"mnist: cannot read its files in {where}: {_reason(error)}") from None
+    pixels = images.data[:, None].expand(-1, 3, -1, -1).contiguous()  # grey, three times
+    return ImageSet("mnist", pixels, images.targets.long(), tuple(str(c) for c in range(10)))
+
+
 def _digits(request):
     """scikit-learn's 1,797 digits of 8x8 pixels; every fourth of a class is a test image."""
     from sklearn.datasets import load_digits
@@ -466,7 +488,7 @@ def _folder(request):
     names = sorted({c.name for s in splits for c in _class_folders(s)})
     files, labels = [], []
     for folder in _class_folders(chosen) or [chosen]:
-        found = _image_files(folder)
+        found = image_files(folder)
         files += found
         labels += [names.index(folder.name) if names and folder != chosen else 0] * len(found)
     if not files:
@@ -480,7 +502,7 @@ def _folder(request):
 def _class_folders(folder):
     """Subfolders that hold images, by name; none where images lie in `folder` itself."""
     below = sorted(d for d in folder.iterdir()
-                   if d.is_dir() and not d.name.startswith(".") and _image_files(d))
+                   if d.is_dir() and not d.name.startswith(".") and image_files(d))
     if any(_is_image(f) for f in folder.iterdir()):
         if below:
             utils.note(f"{folder} holds images beside its folders of images; all are read as "
@@ -489,8 +511,8 @@ def _class_folders(folder):
     return below
 
 
-def _image_files(folder):
-    """Images at any depth, by path; what lies in a hidden folder is hidden."""
+def image_files(folder):
+    """Return the paths of images at any depth, sorted; what lies in a hidden folder is hidden."""
     found, seen = [], set()
     for at, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(at)
@@ -514,7 +536,7 @@ def _texture(request):
     if found is None:
         found = _download_dtd(request, places)
     classes = _class_folders(found)
-    files = [(f, label) for label, c in enumerate(classes) for f in _image_files(c)]
+    files = [(f, label) for label, c in enumerate(classes) for f in image_files(c)]
     if not files:
         raise UserError(f"texture: no images in the class folders of {found}")
     if len(files) != DTD_IMAGES:
@@ -617,6 +639,7 @@ SETS = {
     "cifar100": Facts(_torchvision("cifar100", "CIFAR100", "train"), True, **CIFAR100),
     "svhn": Facts(_torchvision("svhn", "SVHN"), True, **PLAIN),
     "stl": Facts(_torchvision("stl10", "STL10"), True, **PLAIN),
+    "mnist": Facts(_mnist, True),
     "digits": Facts(_digits, True),
     "folder": Facts(_folder, True),
     "npz": Facts(_npz, True),

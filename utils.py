@@ -138,7 +138,7 @@ def parse_args(parser, argv=None):
 
 def _use_as_defaults(parser, path):
     actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
-    content = _read_yaml(path)
+    content = read_yaml(path)
     for key, value in content.items():
         other = str(key).replace("_", "-")
         if other != key and other in content:
@@ -186,8 +186,18 @@ def _metavar(action):
     return action.metavar or (action.choices and "one of its choices") or "a value"
 
 
-def _read_yaml(path):
-    """A YAML file -> dict; a key that stands twice is an error, which PyYAML lets pass."""
+def read_yaml(path, flag="--config"):
+    """Read a YAML file of keys and values.
+
+    Args:
+        path: of the file. flag: what errors call it.
+
+    Returns:
+        dict; a key that stands twice is an error, which PyYAML lets pass.
+
+    Raises:
+        UserError: no file, not YAML, not keys and values, a key that stands twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -205,13 +215,13 @@ def _read_yaml(path):
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"{flag} {path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
+        raise UserError(f"{flag} {path} is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: 'flag: value' lines are needed, found {content!r:.60}")
+        raise UserError(f"{flag} {path}: 'flag: value' lines are needed, found {content!r:.60}")
     return content
 
 

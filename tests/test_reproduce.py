@@ -359,7 +359,7 @@ def finished_epochs(folder):
 
 
 def test_a_signal_stops_the_training_and_the_same_command_continues(command, make_table, tmp_path):
-    table = make_table(tmp_path, epochs=12)
+    table = make_table(tmp_path, epochs=3)
     process = start(table, tmp_path)
     wait_for_epoch(tmp_path, process)
     process.send_signal(signal.SIGTERM)
@@ -373,13 +373,13 @@ def test_a_signal_stops_the_training_and_the_same_command_continues(command, mak
     assert list(states(done.stdout).values()) == ["broken", "to do"]
     done = command("reproduce.py", *common, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert finished_epochs(tmp_path) == list(range(12))
+    assert finished_epochs(tmp_path) == [0, 1, 2]
 
 
 def test_a_training_that_outlives_a_killed_program_is_waited_for_not_started_twice(
     command, make_table, tmp_path
 ):
-    table = make_table(tmp_path, epochs=12)
+    table = make_table(tmp_path, epochs=3)
     process = start(table, tmp_path)
     wait_for_epoch(tmp_path, process)
     process.kill()
@@ -391,7 +391,7 @@ def test_a_training_that_outlives_a_killed_program_is_waited_for_not_started_twi
     assert "waits for what runs already: train tiny, seed 1" in done.stderr
     assert done.stdout.count("train.py") == 0
     assert len(list(tmp_path.glob("out/networks/*/1--*"))) == 1
-    assert finished_epochs(tmp_path) == list(range(12))
+    assert finished_epochs(tmp_path) == [0, 1, 2]
 
 
 # --- Slurm ----------------------------------------------------------------------------------------

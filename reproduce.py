@@ -30,13 +30,16 @@ from pathlib import Path
 
 import figures
 import page
+import runs
 import tables
 import utils
 from utils import RunError, UserError, number
 
 HERE = Path(__file__).resolve().parent
-STOPPED = 75  # exit status of a program that a signal stopped, with its state saved
-PLACES = ("exp-name", "results-dir", "data-dir", "no-download")  # settings that decide no number
+# Settings of a training that decide no number, and those that this program gives itself
+UNCOUNTED = ("exp-name", "results-dir", "data-dir", "no-download", "print-freq", "save-freq",
+             "save-steps")
+GIVEN = ("config", "seed", "exp-name", "results-dir", "data-dir", "no-download", "no-resume")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 # The program files that decide numbers. A change of them, comments apart, makes a result stale.
@@ -124,18 +127,17 @@ class Choices:
         return _flags({key: value for key, value in flags.items() if value is not None})
 
 
-def plan(table, rows, seeds, choices):
-    """List the jobs of some rows, each network once, before the evaluations that need it.
+def plan(table, seeds, choices):
+    """List the jobs of a table, each network once, before the evaluations that need it.
 
     Args:
-        table: tables.Table. rows: names. seeds: how many networks of each row.
-        choices: Choices.
+        table: tables.Table. seeds: how many networks of each row. choices: Choices.
 
     Returns:
         (jobs, missing): list of Job; {(row, outlier set): why it is left out}.
     """
     jobs, missing = {}, {}
-    for row in (table.rows[name] for name in rows):
+    for row in table.rows.values():
         groups = {}  # a set of the user's is evaluated alone: another one need not repeat it
         for ood in row.ood:
             if ood in choices.sets:
@@ -146,7 +148,7 @@ def plan(table, rows, seeds, choices):
                 groups.setdefault("", []).append(ood)
         for seed in range(1, seeds + 1) if groups else ():
             network = training(row, seed, choices)
-            jobs.setdefault(network.home, network)
+            network = jobs.setdefault(network.home, network)
             for draw in range(1, row.draws + 1):
                 for only, ood in groups.items():
                     job = evaluation(table, row, network, draw, only, ood, choices)
@@ -154,12 +156,18 @@ def plan(table, rows, seeds, choices):
     return list(jobs.values()), missing
 
 
+def of_rows(jobs, rows):
+    """Return the evaluations of some rows, by name, and the trainings that they need."""
+    needed = {job.after.home for job in jobs if job.row in rows}
+    return [job for job in jobs if job.row in rows or job.home in needed]
+
+
 def training(row, seed, choices):
     """Return the Job that trains the network of a row."""
     recipe = HERE / row.config
     overrides = {**row.overrides, **choices.overrides}
     settings = {str(k).replace("_", "-"): v for k, v in utils.read_yaml(recipe).items()}
-    settings = {k: v for k, v in {**settings, **overrides}.items() if k not in PLACES}
+    settings = {k: v for k, v in {**settings, **overrides}.items() if k not in UNCOUNTED}
     kind = "".join(f"-{key}{_flat(value)}" for key, value in overrides.items())
     name = recipe.stem + re.sub(r"[^A-Za-z0-9_.-]", "_", kind)
     identity = {"settings": settings, "code": code_digests(TRAINING_CODE)}
@@ -302,8 +310,7 @@ def is_started(home):
 
 def is_trained(home):
     """Tell whether the newest run below a folder has ended."""
-    records = records_of(home / "latest_exp/log.jsonl")
-    return bool(records) and records[-1].get("event") == "end"
+    return runs.finished(home / "latest_exp")
 
 
 def is_evaluated(path, expected):
@@ -388,11 +395,10 @@ class Runner:
             self._child.send_signal(each)
 
     def stop_if_told(self, child_status=0):
-        """End with status 75 if a signal has come, here or to the command itself."""
-        if self.signal is not None or child_status == STOPPED:
+        """Raise utils.Stopped if a signal has come, here or to the command itself."""
+        if self.signal is not None or child_status == utils.STOPPED:
             by = signal.Signals(self.signal).name if self.signal else "a signal"
-            utils.note(f"stopped by {by}; the same command continues")
-            sys.exit(STOPPED)
+            raise utils.Stopped(f"stopped by {by}; the same command continues")
 
     def attempt(self, job, wait):
         """Run a job unless it is done or somebody else runs it.
@@ -656,7 +662,7 @@ def _overrides(given):
         key = key.lstrip("-").replace("_", "-")
         if not equals or not key or not value:
             raise UserError(f"--override {text}: FLAG=VALUE is needed, as epochs=1 or fast=true")
-        if key in (*PLACES, "seed", "config"):
+        if key in GIVEN:
             raise UserError(f"--override {text}: {key} is what this program gives each training "
                             "itself")
         if key in found:
@@ -708,19 +714,20 @@ def main():
                       _overrides(args.override), _sets(args.sets, table), args.accept_stale)
     if args.readme and (choices.overrides or args.only):
         raise UserError("--readme takes the whole table as it is: without --only and --override")
-    jobs, missing = plan(table, list(dict.fromkeys(rows)), args.seeds, choices)
+    jobs, missing = plan(table, args.seeds, choices)
+    chosen = of_rows(jobs, rows)
 
     if args.dry_run:
-        show(jobs, missing)
+        show(chosen, {key: why for key, why in missing.items() if key[0] in rows})
         return
     if args.slurm:
-        submit([job for job in jobs if state(job)[0] not in ("done", "running")])
+        submit([job for job in chosen if state(job)[0] not in ("done", "running")])
         return
 
-    for job in jobs:
+    for job in chosen:
         current, detail = state(job)
         print(f"{job.title}: {current}" + f" ({detail})" * bool(detail), flush=True)
-    failed = {} if args.report else run_all(jobs)
+    failed = {} if args.report else run_all(chosen)
     lines, remarks = write_report(table, jobs, missing, failed, choices)
     if args.readme:
         write_readme(args.readme, table, lines)
@@ -728,8 +735,8 @@ def main():
     home = choices.results / table.name
     print(f"\nwritten: {home / 'table.md'} {home / 'table.csv'} {home / 'index.html'}")
     if failed:
-        raise RunError(f"{len(failed)} of {len(jobs)} jobs failed: "
-                       f"{', '.join(job.title for job in jobs if job.home in failed)}")
+        raise RunError(f"{len(failed)} of {len(chosen)} jobs failed: "
+                       f"{', '.join(job.title for job in chosen if job.home in failed)}")
 
 
 if __name__ == "__main__":

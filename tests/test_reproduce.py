@@ -375,6 +375,7 @@ def test_a_signal_stops_the_training_and_the_same_command_continues(command, mak
     done = command("reproduce.py", *common, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert finished_epochs(tmp_path) == [0, 1, 2]
+    assert len(list(tmp_path.glob("out/networks/*/*--*"))) == 1  # the run was taken up
 
 
 def test_a_training_that_outlives_a_killed_program_is_waited_for_not_started_twice(
@@ -383,15 +384,24 @@ def test_a_training_that_outlives_a_killed_program_is_waited_for_not_started_twi
     table = make_table(tmp_path, epochs=3)
     process = start(table, tmp_path)
     wait_for_epoch(tmp_path, process)
-    process.kill()
-    process.communicate(timeout=60)
-    common = (table, "--seeds", 1, "--results-dir", "out", "--only", "ssd")
-    done = command("reproduce.py", *common, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert list(states(done.stdout).values()) == ["running", "to do"]
-    assert "waits for what runs already: train tiny, seed 1" in done.stderr
-    assert done.stdout.count("train.py") == 0
-    assert len(list(tmp_path.glob("out/networks/*/1--*"))) == 1
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    child = int(children)
+    os.kill(child, signal.SIGSTOP)  # so that it cannot end before it is looked for
+    try:
+        process.kill()
+        process.communicate(timeout=60)
+        done = command("reproduce.py", table, "--seeds", 1, "--results-dir", "out", "--only", "ssd",
+                       "--dry-run", cwd=tmp_path)
+        assert list(states(done.stdout).values()) == ["running", "to do"]
+        second = start(table, tmp_path)
+        said = second.stderr.readline()
+        assert said == "reproduce.py: note: waits for what runs already: train tiny, seed 1\n"
+    finally:
+        os.kill(child, signal.SIGCONT)
+    _, stderr = second.communicate(timeout=300)
+    assert second.returncode == 0, stderr
+    (run,) = tmp_path.glob("out/networks/*/*--*")
+    assert run.name.startswith("1--")
     assert finished_epochs(tmp_path) == [0, 1, 2]
 
 

@@ -16,6 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin-bottom: .3rem; }
 .wide { overflow-x: auto; }
+.numbers td { white-space: nowrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
@@ -49,7 +50,7 @@ def html(table, lines, remarks, jobs):
     """
     parts = [f"<h1>{escape(table.title)}</h1>"]
     parts += [f"<p>{escape(part)}</p>" for part in table.about.split("\n\n") if part.strip()]
-    parts.append(_table(tables.HEAD, [tables.cells(table, line) for line in lines]))
+    parts.append(_table(tables.HEAD, tables.grouped(table, lines), "numbers"))
     parts += [f"<p>{escape(remark)}</p>" for remark in remarks]
     parts += ["<h2>What was run</h2>",
               _table(("", "state", "time", "machine"),
@@ -68,12 +69,12 @@ def html(table, lines, remarks, jobs):
     )
 
 
-def _table(head, rows):
+def _table(head, rows, kind=""):
     def line(row, tag):
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table>\n{line(head, "th")}\n{body}\n</table></div>'
+    return f'<div class="wide {kind}"><table>\n{line(head, "th")}\n{body}\n</table></div>'
 
 
 def _figures(job):

@@ -368,20 +368,24 @@ def cells(table, line):
     )
 
 
-def markdown(table, found):
-    """Return the lines as a Markdown table; what stands in the line above is left empty."""
-    text = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    above = ("", "")
+def grouped(table, found):
+    """Return the cells of lines, without what the line above says of network and outliers too."""
+    rows, above = [], (None, None)
     for line in found:
-        shown = [cell.replace("|", "\\|") for cell in cells(table, line)]
-        here = (shown[0], shown[1])
-        if here[0] == above[0]:
-            shown[0] = ""
-        if here == above:
-            shown[1] = ""
-        above = here
-        text.append(f"| {' | '.join(shown)} |".replace("|  |", "| |").replace("|  |", "| |"))
-    return "\n".join(text) + "\n"
+        network, outliers, *rest = cells(table, line)
+        same = network == above[0], (network, outliers) == above
+        above = network, outliers
+        rows.append(["" if same[0] else network, "" if same[1] else outliers, *rest])
+    return rows
+
+
+def markdown(table, found):
+    """Return the lines as a Markdown table."""
+    def row(shown):
+        return "|" + "".join(f" {cell} |" if cell else " |" for cell in shown)
+
+    rows = [[cell.replace("|", "\\|") for cell in shown] for shown in grouped(table, found)]
+    return "\n".join([row(HEAD), "|" + "---|" * len(HEAD), *map(row, rows)]) + "\n"
 
 
 CSV_HEAD = ("row", "label", "outliers", "clusters", "metric", "mean", "deviation", "n", "draws",

@@ -170,6 +170,24 @@ class Gaussian:
             total += block.square_().sum(dim=1)
         return total
 
+    def directions(self):
+        """Return the eigen-directions of the covariance, by falling eigenvalue.
+
+        Returns:
+            float64 [rank] eigenvalues, and float64 [D, rank] axes, each of length
+            1 / sqrt(eigenvalue): squared coordinates along them sum to the score.
+        """
+        vectors, scale, _ = torch.linalg.svd(self.whiten, full_matrices=False)
+        return scale.flip(0) ** -2, (vectors * scale).flip(1)
+
+    def along(self, x, axes):
+        """Divide the mean score of rows [N, D] among the axes of `directions`: float64 [rank].
+
+        Each is 1 where x are the rows of the fit (without shrinkage).
+        """
+        parts = ((rows.to(self.mean) - self.mean) @ axes for rows in x.split(ROWS))
+        return sum(part.square().sum(dim=0) for part in parts) / len(x)
+
 
 def _inverse_factor(covariance):
     """Triangular W [D, D] with W @ W.T = inverse(covariance); None unless well conditioned.

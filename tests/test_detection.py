@@ -143,6 +143,25 @@ def test_ledoit_wolf_is_scikit_learns(n, d):
     np.testing.assert_allclose(covariance, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_directions_divide_the_mean_score_among_the_eigenvalues_of_the_covariance():
+    x, other = (torch.from_numpy(rows(200, 6, seed=s)) for s in (0, 1))
+    gaussian = Gaussian.fit(x)
+    eigenvalues, axes = gaussian.directions()
+    expected = np.linalg.eigvalsh(np.cov(x.double().numpy().T, bias=True))[::-1]
+    np.testing.assert_allclose(eigenvalues, expected, rtol=1e-9)
+    torch.testing.assert_close(axes.square().sum(dim=0), 1 / eigenvalues)
+    torch.testing.assert_close((other.double() - gaussian.mean) @ axes @ axes.T,
+                               (other.double() - gaussian.mean) @ gaussian.whiten
+                               @ gaussian.whiten.T)
+    torch.testing.assert_close(gaussian.along(other, axes).sum(), gaussian.score(other).mean())
+    torch.testing.assert_close(gaussian.along(x, axes), torch.ones(6, dtype=torch.float64))
+
+
+def test_directions_are_those_that_the_rows_span():
+    eigenvalues, axes = Gaussian.fit(torch.from_numpy(rows(4, 6))).directions()
+    assert (eigenvalues.shape, axes.shape) == ((3,), (6, 3))
+
+
 def test_ledoit_wolf_of_equal_rows_is_zero():
     _, covariance = detection.ledoit_wolf(torch.ones(5, 3))
     assert (covariance == 0).all()

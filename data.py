@@ -263,11 +263,20 @@ def to(images, device):
     return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))
 
 
-def fingerprint(images):
-    """Return the sha256 (hex) of the pixels and labels of an ImageSet that is in memory."""
-    digest = hashlib.sha256(f"{list(images.pixels.shape)}".encode(), usedforsecurity=False)
-    for array in (images.pixels, images.labels):
-        digest.update(np.ascontiguousarray(array.cpu().numpy()))
+def fingerprint(pixels, labels):
+    """Return the sha256 (hex) of images and their labels, wherever they came from.
+
+    Args:
+        pixels: tensor [N, ...], or Noise, of which it is that of what its images are drawn from.
+        labels: tensor [N].
+    """
+    digest = hashlib.sha256(usedforsecurity=False)
+    arrays = [labels, pixels.index if isinstance(pixels, Noise) else pixels]
+    if isinstance(pixels, Noise):
+        digest.update(f"{pixels.kind} {pixels.size} {pixels.seed};".encode())
+    for array in (a.cpu().contiguous().numpy() for a in arrays):
+        digest.update(f"{array.dtype} {array.shape};".encode())
+        digest.update(array)
     return digest.hexdigest()
 
 

@@ -61,11 +61,10 @@ def main(argv=None):
         cache_dir=args.cache_dir,
     )
     report = evaluation.Report(
-        args.results_dir, args.exp_name, "ssdk", scores=args.scores, plot=args.plot,
-        again=args.again,
-        common=evaluation.facts_of(trained, train, seed=args.seed, data_mode=args.data_mode,
-                                   precision=args.precision, batch_size=kwargs["batch_size"],
-                                   k=args.k, copies=args.copies),
+        args.results_dir, args.exp_name, "ssdk", train=train, seed=args.seed, scores=args.scores,
+        plot=args.plot, again=args.again,
+        common=evaluation.facts_of(trained, data_mode=args.data_mode, precision=args.precision,
+                                   batch_size=kwargs["batch_size"], k=args.k, copies=args.copies),
     )
     todo = report.todo(test, [rest for _, rest in splits], [args.clusters])
     if not todo:

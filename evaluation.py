@@ -7,11 +7,9 @@ images are looked at and how results are written is the same, and stands here.
 import argparse
 import contextlib
 import csv
-import errno
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,20 +19,23 @@ import torch
 
 import data
 import detection
+import exchange
 import features
+import figures
 import models
 import utils
 from utils import UserError, number
 
 MODES = ("SimCLR", "SupCon", "SupCE")
+SHEET = 20  # images on either end of a contact sheet
 DEFAULT_OOD = ("cifar10", "cifar100", "svhn", "texture", "blobs")
 
 
 # --- the command line -----------------------------------------------------------------------------
 
 
-def add_arguments(p):
-    """Add the flags of both evaluations to a utils.Parser, grouped."""
+def add_arguments(p, needs_network=True):
+    """Add the flags of both evaluations to a utils.Parser, grouped; --ckpt is required or not."""
     group = p.add_argument_group("run")
     group.add_argument("--exp-name", default="temp_eval_ssd", help="name of the result files")
     group.add_argument("--results-dir", "--results_dir", default="./eval_results",
@@ -45,12 +46,13 @@ def add_arguments(p):
                        help="measure and record what is recorded already")
     group.add_argument("--scores", metavar="FILE.csv", help="write the score of every image")
     group.add_argument("--plot", action="store_true",
-                       help="draw score histograms and ROC curves beside the results")
+                       help="draw figures beside the results: score histograms, ROC and "
+                       "precision-recall curves, the most and least outlying images")
     group.add_argument("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
 
     group = p.add_argument_group(
         "network", "what a checkpoint of train.py knows of itself need not be said here")
-    group.add_argument("--ckpt", required=True, metavar="FILE", help="the trained network")
+    group.add_argument("--ckpt", required=needs_network, metavar="FILE", help="the trained network")
     group.add_argument("--training-mode", choices=MODES,
                        help="how it was trained (default: the checkpoint's)")
     group.add_argument("--arch", choices=list(models.ARCHITECTURES),
@@ -292,14 +294,13 @@ def take_features(trained, images, **kwargs):
         raise UserError(f"--ckpt {trained.path}: {error}") from None
 
 
-def facts_of(trained, train, **more):
-    """Return what every record says of its network, training images, settings and versions."""
+def facts_of(trained, **more):
+    """Return what every record says of its network and of the settings of its features."""
     return {
         "checkpoint": trained.path, "sha256": trained.sha256, "arch": trained.arch,
         "training_mode": trained.training_mode, "size": trained.size,
         "normalize": trained.normalize, "dataset": trained.dataset,
-        "in_classes": trained.in_classes and list(trained.in_classes), "n_train": len(train),
-        "images": {"train": features.fingerprint(train)}, **more, "versions": utils.versions(),
+        "in_classes": trained.in_classes and list(trained.in_classes), **more,
     }
 
 
@@ -310,12 +311,14 @@ def identity(facts):
     """Return what tells one evaluation of a pair of sets from another: a hex digest.
 
     It is of everything that is known before measuring: the checkpoint's content (not its place),
-    the resolved options, the pixels and labels of all image sets, the versions.
+    the resolved options, the pixels and labels of all image sets, the versions. Of features from a
+    file, their content counts.
 
     Args:
         facts: a record without its metrics and time.
     """
-    known = {key: value for key, value in facts.items() if key != "checkpoint"}
+    places = ("checkpoint", "features")
+    known = {key: value for key, value in facts.items() if key not in places}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -367,7 +370,7 @@ class Records:
         with self._locked():
             if not again and record["id"] in self.read():
                 return False
-            _append(self.path, json.dumps(record))
+            utils.append_whole(self.path, json.dumps(record).encode() + b"\n", sync=True)
             self._add_missing_lines()
         return True
 
@@ -388,23 +391,11 @@ class Records:
         for line in lines:
             there[_bytes(line)] -= 1
             if there[_bytes(line)] < 0:
-                _append(self.text, line)
+                utils.append_whole(self.text, _bytes(line) + b"\n", sync=True)
 
 
 def _bytes(line):
     return line.encode("utf-8", "surrogateescape")
-
-
-def _append(path, line):
-    """Append a line in one write, on a line of its own, and see it to the disk."""
-    with open(path, "a+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        text = (b"\n" if file.read(1) not in (b"", b"\n") else b"") + _bytes(line) + b"\n"
-        if file.write(text) < len(text):
-            file.truncate(size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(file.fileno())
 
 
 # --- the reports ----------------------------------------------------------------------------------
@@ -416,7 +407,8 @@ class Report:
     Args:
         results_dir, exp_name: RESULTS/EXP_<kind>.txt and .jsonl are appended to.
         kind: "ssd" or "ssdk".
-        common: dict that stands in every record, from `facts_of`.
+        train: ImageSet or FeatureSet of the training images. seed: of the evaluation.
+        common: dict that stands in every record, from `facts_of` or exchange.Content.
         scores: path of the CSV of all scores, or None.
         plot: whether to draw.
         again: record what is recorded already.
@@ -426,7 +418,8 @@ class Report:
     """
 
     def __init__(
-        self, results_dir, exp_name, kind, *, common, scores=None, plot=False, again=False
+        self, results_dir, exp_name, kind, *, train, seed, common, scores=None, plot=False,
+        again=False,
     ):
         self.base = Path(results_dir) / f"{exp_name}_{kind}"
         utils.make_folder(self.base.parent, "--results-dir")
@@ -434,8 +427,13 @@ class Report:
             if Path(scores).is_dir():
                 raise UserError(f"--scores {scores} is a folder; the name of a file is needed")
             utils.make_folder(Path(scores).parent, "--scores")
-        self._scores, self._plot, self._common, self._again = scores, plot, common, again
-        self._rows, self._panels, self._fingerprints = [], {}, {}
+        self._scores, self._plot, self._again = scores, plot, again
+        self._rows, self._panels, self._sweep = [], {}, {}
+        self._pictures, self._names, self._fingerprints = {}, {}, {}
+        self._common = {
+            **common, "n_train": len(train), "seed": seed,
+            "images": {"train": _fingerprint(train)}, "versions": utils.versions(),
+        }
         self.written = [f"{self.base}.txt", f"{self.base}.jsonl"]
         for path in self.written:
             try:
@@ -446,15 +444,16 @@ class Report:
                                 ) from None
         self._records = Records(self.base)
 
-    def todo(self, test, outliers, clusters):
+    def todo(self, test, outliers, clusters, everything=False):
         """Find out what is not recorded yet; print the lines of what is.
 
         Args:
             test: data.ImageSet. outliers: list of them. clusters: numbers m.
+            everything: leave nothing out, since scores of all sets are wanted.
 
         Returns:
-            list of (outlier set, [m, ...]) to be measured: all with `again`, and where scores or
-            plots of all are wanted; what is recorded is then not recorded twice.
+            list of (outlier set, [m, ...]) to be measured: all with `again`, with `everything`,
+            and for scores or plots; what is recorded is then not recorded twice.
         """
         pairs = [(ood, m) for ood in outliers for m in dict.fromkeys(clusters)]
         records = {} if self._again else self._records.read()
@@ -462,7 +461,7 @@ class Report:
         if any(found):
             utils.note(f"{len(found) - found.count(None)} of {len(pairs)} results stand in "
                        f"{self._records.path} already and are not recorded twice; --again does it")
-        if self._plot or self._scores is not None:
+        if everything or self._plot or self._scores is not None:
             found = [None] * len(pairs)
         left = {}
         for (ood, m), record in zip(pairs, found, strict=True):
@@ -476,7 +475,7 @@ class Report:
         """All of a record that is known before measuring, with its identity."""
         for images in (test, ood):
             if images.name not in self._fingerprints:
-                self._fingerprints[images.name] = features.fingerprint(images)
+                self._fingerprints[images.name] = _fingerprint(images)
         images = {"in": self._fingerprints[test.name], "ood": self._fingerprints[ood.name]}
         facts = {"in": test.name, "ood": ood.name, "clusters": clusters, "n_in": len(test),
                  "n_ood": len(ood), **self._common, "images": self._common["images"] | images}
@@ -508,7 +507,30 @@ class Report:
             if self._scores is not None and images.name not in shown:
                 self._rows += _score_rows(images, values, clusters, against)
             shown[images.name] = values
+            if images is ood or not against:
+                self._sheet(images, values, panel.rpartition(", ")[2])
+        self._sweep.setdefault(ood.name, []).append((clusters, measured["auroc"]))
         return measured
+
+    def draw(self, name, function, *content):
+        """Have `function(*content, path)` draw RESULTS/EXP_<kind>_<name>.png, if plots are wanted.
+
+        Drawn by `close`.
+        """
+        if self._plot:
+            self._pictures[name] = function, content
+
+    def _sheet(self, images, scores, detector):
+        """Keep the most and the least outlying images of a set for its contact sheet."""
+        name = f"images_{exchange.plain_name(images.name, self._names)}"
+        if not self._plot or images.pixels is None or name in self._pictures:
+            return
+        order = torch.from_numpy(scores).argsort(descending=True, stable=True)
+        rows = []
+        for end, index in (("most", order[:SHEET]), ("least", order.flip(0)[:SHEET])):
+            title = f"{images.name}, the {end} outlying and their scores ({detector})"
+            rows.append((title, data.pixels_at(images.pixels, index).cpu(), scores[index]))
+        self.draw(name, figures.contact_sheet, rows)
 
     def close(self):
         """Write the scores and draw the plots; print where everything lies."""
@@ -520,13 +542,23 @@ class Report:
                 writer.writerows(self._rows)
             self.written.append(str(self._scores))
         if self._plot:
-            import figures
-
             panels = list(self._panels.values())
-            figures.score_histograms(panels, f"{self.base}_histograms.png")
-            figures.roc_curves(panels, f"{self.base}_roc.png")
-            self.written += [f"{self.base}_histograms.png", f"{self.base}_roc.png"]
+            self.draw("histograms", figures.score_histograms, panels)
+            self.draw("roc", figures.roc_curves, panels)
+            self.draw("precision_recall", figures.precision_recall_curves, panels)
+            if any(len(points) > 1 for points in self._sweep.values()):
+                self.draw("clusters", figures.sweep, self._sweep, figures.SETTINGS["clusters"])
+        for name, (function, content) in self._pictures.items():
+            path = f"{self.base}_{name}.png"
+            function(*content, path)
+            self.written.append(path)
         print(f"written: {' '.join(self.written)}")
+
+
+def _fingerprint(images):
+    """That of the pixels; of features from a file, which come without, theirs."""
+    content = images.features if images.pixels is None else images.pixels
+    return data.fingerprint(content, images.labels)
 
 
 def _score_rows(images, scores, clusters, against):

@@ -55,7 +55,7 @@ def extract(
             else:
                 apply = augment.apply_ssl if mode == "ssl" else augment.apply_org
                 x = apply(pixels, type(draws)(*(d[rows] for d in draws)), size, mean, std)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with utils.autocast(device, precision):
                 batch = forward(x).float()
             if out is None:
                 out = torch.empty(len(images), batch.shape[1])
@@ -182,9 +182,10 @@ class Cache:
         else:
             machine = f"cpu {torch.backends.cpu.get_cpu_capability()}"
         return {
-            "format": CACHE_FORMAT, "weights": self._weights, "images": fingerprint(images),
-            "size": size, "mean": mean and [float(v) for v in mean],
-            "std": std and [float(v) for v in std], "mode": mode,
+            "format": CACHE_FORMAT, "weights": self._weights,
+            "images": data.fingerprint(images.pixels, images.labels), "size": size,
+            "mean": mean and [float(v) for v in mean], "std": std and [float(v) for v in std],
+            "mode": mode,
             "draws": None if mode == "base" else [_kind(images), seed, copy],
             "precision": precision, "batch_size": batch_size, "machine": machine,
             "torch": torch.__version__,
@@ -244,22 +245,4 @@ def weights_hash(module):
         array = value.cpu().contiguous().numpy()
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
         digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint(images):
-    """Return a hex digest of the pixels and labels of an ImageSet, wherever it came from.
-
-    Of a noise set: of what its images are drawn from.
-    """
-    digest = hashlib.sha256()
-    pixels, arrays = images.pixels, [images.labels]
-    if isinstance(pixels, data.Noise):
-        digest.update(f"{pixels.kind} {pixels.size} {pixels.seed};".encode())
-        arrays.append(pixels.index)
-    else:
-        arrays.append(pixels)
-    for array in (a.cpu().contiguous().numpy() for a in arrays):
-        digest.update(f"{array.dtype} {array.shape};".encode())
-        digest.update(array)
     return digest.hexdigest()

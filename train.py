@@ -186,7 +186,8 @@ def main(argv=None):
         raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
     _check_batches(len(train), args.batch_size, args.size, mode)
     mean, std = data.normalisation(args.dataset, train) if args.normalize else (None, None)
-    hashes = {"train": data.fingerprint(train), "test": data.fingerprint(test) if test else None}
+    hashes = {split: images and data.fingerprint(images.pixels, images.labels)
+              for split, images in (("train", train), ("test", test))}
     train = data.to(train, device)
 
     # Network and optimiser

@@ -92,7 +92,10 @@ class Step:
     ):
         self.network, self.optimizer, self.images, self.mode = network, optimizer, images, mode
         self._criterion = SupConLoss(temperature) if mode.contrastive else None
-        self._size, self._mean, self._std, self._seed = size, mean, std, seed
+        self._size, self._seed, self._device = size, seed, images.labels.device
+        self._mean, self._std = (  # on the device once, not at every step
+            v if v is None else torch.tensor(v, device=self._device) for v in (mean, std)
+        )
         self._precision, self._channels_last = precision, channels_last
         self._forward, self._apply = network, AUGMENTATIONS[mode.augmentation]
         if compile:
@@ -113,7 +116,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
         x = self.views(self.images.pixels[index], epoch, step)
-        with autocast(x.device, self._precision):
+        with utils.autocast(self._device, self._precision):
             out = self._forward(x)  # [views * B, 128 or classes]
         out = out.float()
         labels = self.images.labels[index] if self.mode.labels else None
@@ -138,16 +141,12 @@ class Step:
             draws = augment.draw_ssl(len(pixels), *pixels.shape[2:], generator)
         else:
             draws = augment.draw_org(len(pixels), generator)
+        draws = augment.to(draws, self._device)
         x = self._apply(pixels, draws, self._size, self._mean, self._std)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
 
 AUGMENTATIONS = {"ssl": augment.apply_ssl, "org": augment.apply_org}
-
-
-def autocast(device, precision):
-    """Return the context in which a network computes at a precision, "fp32" or "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def fast_settings(device):
@@ -245,10 +244,11 @@ def monitor(network, images, mode, *, batch_size, size, mean, std, precision="fp
     """
     if images.class_names is None or len(images.labels.unique()) < 2:
         return None
-    kwargs = dict(batch_size=batch_size, size=size, mean=mean, std=std)
+    kwargs = dict(
+        batch_size=batch_size, size=size, mean=mean, std=std, precision=precision
+    )
     device = next(network.parameters()).device
-    with autocast(device, precision):
-        outputs = features.extract(network, images, **kwargs).to(device)
+    outputs = features.extract(network, images, **kwargs).to(device)
     labels = images.labels.to(device)
     if not mode.contrastive:
         return float((outputs.argmax(dim=1) == labels).double().mean())

@@ -306,6 +306,11 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast(device, precision):
+    """Return the context in which a network computes at a precision, "fp32" or "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def versions():
     """Return what a record should say of the machine: a dict of short texts."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -382,26 +387,29 @@ def whole_file(path, mode="wb", before_naming=None, **kwargs):
         raise
 
 
-def append_whole(path, data):
-    """Append bytes to a file, all or nothing: what a full disk cut off is taken back.
+def append_whole(path, data, sync=False):
+    """Append lines to a file, all or nothing: what a full disk cut off is taken back.
 
     Args:
-        path: of a file, made where there is none. data: bytes, whole lines.
+        path: of a file, made where there is none. data: bytes, whole lines. They begin a line of
+            their own even where a crash cut the last one.
+        sync: see them to the disk.
 
     Raises:
         OSError: the file is as it was.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        before = os.fstat(handle).st_size
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        data = b"\n" * (file.read(1) not in (b"", b"\n")) + data
         try:
-            if os.write(handle, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError:
-            os.ftruncate(handle, before)
+            file.truncate(size)
             raise
-    finally:
-        os.close(handle)
+        if sync:
+            os.fsync(file.fileno())
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

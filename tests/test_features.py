@@ -156,12 +156,10 @@ def test_the_draws_of_an_augmentation_are_part_of_the_key(mode, other):
     ids=["kind", "size", "seed", "index"],
 )
 def test_what_noise_is_drawn_from_is_part_of_the_key(other):
-    def noise(pixels):
-        return data.ImageSet("noise", pixels, torch.zeros(10_000, dtype=torch.int64))
-
-    first = features.fingerprint(noise(data.Noise("blobs", 8, 0)))
-    assert first == features.fingerprint(noise(data.Noise("blobs", 8, 0)))
-    assert first != features.fingerprint(noise(other))
+    labels = torch.zeros(10_000, dtype=torch.int64)
+    first = data.fingerprint(data.Noise("blobs", 8, 0), labels)
+    assert first == data.fingerprint(data.Noise("blobs", 8, 0), labels)
+    assert first != data.fingerprint(other, labels)
 
 
 def test_machine_and_torch_are_part_of_the_key(monkeypatch):

@@ -253,7 +253,7 @@ def test_bf16_leaves_outputs_and_weights_in_float32():
     assert loss.dtype == torch.float32
     assert {v.dtype for v in step.network.parameters()} == {torch.float32}
     views = step.views(tiny_images().pixels, 0, 0)
-    with trainers.autocast(views.device, "bf16"):
+    with utils.autocast(views.device, "bf16"):
         out = step.network(views)
     assert out.dtype == torch.float32
     np.testing.assert_allclose(out.detach().norm(dim=1), 1, atol=1e-6)

@@ -241,7 +241,7 @@ def weights_hash(module):
     A checkpoint that is saved again, in another dialect even, has the same.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in module.state_dict().items():
         array = value.cpu().contiguous().numpy()
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
         digest.update(array.tobytes())

@@ -389,7 +389,7 @@ def test_a_training_that_outlives_a_killed_program_is_waited_for_not_started_twi
     os.kill(child, signal.SIGSTOP)  # so that it cannot end before it is looked for
     try:
         process.kill()
-        process.communicate(timeout=60)
+        process.wait(timeout=60)  # its stderr stays open in the training
         done = command("reproduce.py", table, "--seeds", 1, "--results-dir", "out", "--only", "ssd",
                        "--dry-run", cwd=tmp_path)
         assert list(states(done.stdout).values()) == ["running", "to do"]

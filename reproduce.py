@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import evaluation
 import figures
 import page
 import runs
@@ -45,7 +46,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # The program files that decide numbers. A change of them, comments apart, makes a result stale.
 SHARED_CODE = ("augment.py", "data.py", "models.py", "utils.py")
 TRAINING_CODE = ("train.py", "trainers.py", "losses.py", *SHARED_CODE)
-EVALUATION_CODE = ("evaluation.py", "features.py", "detection.py", *SHARED_CODE)
+FEATURE_CODE = ("features.py", *SHARED_CODE)
+EVALUATION_CODE = ("evaluation.py", "detection.py", *FEATURE_CODE)
 
 
 def parser():
@@ -147,11 +149,11 @@ def plan(table, seeds, choices):
             else:
                 groups.setdefault("", []).append(ood)
         for seed in range(1, seeds + 1) if groups else ():
-            network = training(row, seed, choices)
+            network = training_job(row, seed, choices)
             network = jobs.setdefault(network.home, network)
             for draw in range(1, row.draws + 1):
                 for only, ood in groups.items():
-                    job = evaluation(table, row, network, draw, only, ood, choices)
+                    job = evaluation_job(table, row, network, draw, only, ood, choices)
                     jobs[job.home] = job
     return list(jobs.values()), missing
 
@@ -162,7 +164,7 @@ def of_rows(jobs, rows):
     return [job for job in jobs if job.row in rows or job.home in needed]
 
 
-def training(row, seed, choices):
+def training_job(row, seed, choices):
     """Return the Job that trains the network of a row."""
     recipe = HERE / row.config
     overrides = {**row.overrides, **choices.overrides}
@@ -182,7 +184,7 @@ def training(row, seed, choices):
                accepted=accepted)
 
 
-def evaluation(table, row, network, draw, only, ood, choices):
+def evaluation_job(table, row, network, draw, only, ood, choices):
     """Return the Job that evaluates a row's network on some of its outlier sets.
 
     Args:
@@ -204,9 +206,11 @@ def evaluation(table, row, network, draw, only, ood, choices):
         lambda home: is_evaluated(home / f"{base}.jsonl", expected),
     )
     seed = draw if row.draws > 1 else network.seed  # draws differ in nothing else
+    cache = choices.results / "features" / _digest(code_digests(FEATURE_CODE))
     arguments = (
         script, "--ckpt", str(network.home / "latest_exp/checkpoint/checkpoint.pth.tar"),
         "--ood", *specs, *_flags(row.flags), "--seed", str(seed), "--plot",
+        "--cache-dir", str(cache),
         "--exp-name", row.name, "--results-dir", str(home), *choices.where(),
     )
     title = f"evaluate {name}, seed {network.seed}" + f", draw {draw}" * (row.draws > 1)
@@ -216,14 +220,17 @@ def evaluation(table, row, network, draw, only, ood, choices):
 
 def _home(choices, parent, name, which, identity, is_finished):
     """The folder of a job, its identity, and whether it is an accepted stale one."""
-    text = json.dumps(identity, sort_keys=True)
-    home = parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-{which}"
+    home = parent / f"{name}-{_digest(identity)}-{which}"
     if choices.accept_stale and not is_finished(home):
         for other in reversed(versions_of(home)):
             theirs = _identity(other).get("identity")
             if theirs and is_finished(other):
                 return other, theirs, True
     return home, identity, False
+
+
+def _digest(identity):
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def versions_of(home):
@@ -315,19 +322,8 @@ def is_trained(home):
 
 def is_evaluated(path, expected):
     """Tell whether the records of an evaluation are all there, and its plots after them."""
-    found = {(r.get("ood"), r.get("clusters")) for r in records_of(path)}
+    found = {(r.get("ood"), r.get("clusters")) for r in evaluation.read_records(path)}
     return expected <= found and path.with_name(f"{path.stem}_roc.png").is_file()
-
-
-def records_of(path):
-    """Return the JSON records of a file, [] without a file; a line that is cut off is left out."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                found += [record] if isinstance(record, dict) else []
-    return found
 
 
 def _identity(home):
@@ -562,7 +558,7 @@ def measure(jobs):
     """
     draws, found = {}, {}
     for job in (j for j in jobs if j.after is not None and is_done(j)):
-        for record in records_of(job.records):  # of a repeated evaluation the last counts
+        for record in evaluation.read_records(job.records):  # of a repeated one the last counts
             key = record.get("ood"), record.get("clusters")
             if key in job.expected:
                 cell = draws.setdefault((job.row, job.sets[key[0]], key[1], job.seed), {})
@@ -619,7 +615,7 @@ def _for_page(job, folder):
     """What the page shows of a job."""
     current, detail = state(job)
     run = job.home / "latest_exp"
-    records = records_of(run / "log.jsonl" if job.after is None else job.records)
+    records = evaluation.read_records(run / "log.jsonl" if job.after is None else job.records)
     drawn = sorted(job.home.glob("*.png"))
     if job.after is None and any(r.get("event") == "epoch" for r in records):
         utils.make_folder(folder, "--results-dir")

@@ -323,7 +323,7 @@ def is_trained(home):
 def is_evaluated(path, expected):
     """Tell whether the records of an evaluation are all there, and its plots after them."""
     found = {(r.get("ood"), r.get("clusters")) for r in evaluation.read_records(path)}
-    return expected <= found and path.with_name(f"{path.stem}_roc.png").is_file()
+    return expected <= found and path.with_name(f"{path.stem}_precision_recall.png").is_file()
 
 
 def _identity(home):

@@ -152,8 +152,12 @@ def test_the_page_is_one_file_with_every_figure_in_it(reproduced):
     assert not re.search(r"@import|url\(|<script|<link", text)
     shown = {base64.b64decode(source.partition(",")[2]) for source in sources}
     drawn = {path.read_bytes() for path in (home / "out/tiny_table").rglob("*.png")}
-    assert len(drawn) == 7  # a training curve, and histograms and ROC curves of three evaluations
     assert shown == drawn
+    names = re.findall(r'<img alt="([^"]*)"', text)
+    assert len(names) == len(sources)
+    for kind in ("histograms", "roc", "precision_recall"):
+        assert sum(name.endswith(f"_{kind}") for name in names) == 3  # of three evaluations
+    assert sum(name.startswith("tiny-") for name in names) == 1  # the training's curves
     assert "color-scheme: light dark" in text
     assert "eval_ssdk.py --ckpt" in text
     assert "torch" in text

@@ -20,7 +20,7 @@ from utils import UserError, number
 
 # The flags that mean something where features come from a file
 WITH_FEATURES = {"config", "exp_name", "results_dir", "seed", "scores", "plot", "gpu", "clusters",
-                 "training_mode", "features", "export"}
+                 "training_mode", "features", "export", "again"}
 
 
 def parser():

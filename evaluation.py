@@ -432,7 +432,7 @@ class Report:
         self._pictures, self._names, self._fingerprints = {}, {}, {}
         self._common = {
             **common, "n_train": len(train), "seed": seed,
-            "images": {"train": _fingerprint(train)}, "versions": utils.versions(),
+            "images": {"train": exchange.fingerprint(train)}, "versions": utils.versions(),
         }
         self.written = [f"{self.base}.txt", f"{self.base}.jsonl"]
         for path in self.written:
@@ -475,7 +475,7 @@ class Report:
         """All of a record that is known before measuring, with its identity."""
         for images in (test, ood):
             if images.name not in self._fingerprints:
-                self._fingerprints[images.name] = _fingerprint(images)
+                self._fingerprints[images.name] = exchange.fingerprint(images)
         images = {"in": self._fingerprints[test.name], "ood": self._fingerprints[ood.name]}
         facts = {"in": test.name, "ood": ood.name, "clusters": clusters, "n_in": len(test),
                  "n_ood": len(ood), **self._common, "images": self._common["images"] | images}
@@ -553,12 +553,6 @@ class Report:
             function(*content, path)
             self.written.append(path)
         print(f"written: {' '.join(self.written)}")
-
-
-def _fingerprint(images):
-    """That of the pixels; of features from a file, which come without, theirs."""
-    content = images.features if images.pixels is None else images.pixels
-    return data.fingerprint(content, images.labels)
 
 
 def _score_rows(images, scores, clusters, against):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data
 import detection
 import utils
 from utils import UserError
@@ -25,8 +26,8 @@ MOST_CLASSES = utils.MOST_CLASSES
 LABELS = "_labels"  # ends the name of an array of labels; what is before it is the features'
 # What a record says of a network and its images, so that a record of the same features says it too
 FACTS = ("checkpoint", "sha256", "arch", "training_mode", "size", "normalize", "dataset",
-         "in_classes", "data_mode")
-SETTINGS = {"in": str, "names": dict, "class_names": dict, "record": dict}
+         "in_classes", "data_mode", "precision", "batch_size")
+SETTINGS = {"in": str, "names": dict, "class_names": dict, "images": dict, "record": dict}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class FeatureSet:
         features: float [N, D], as the network gave them.
         labels: int64 [N]; all 0 where the images have no classes.
         class_names: by label; None where the images have no classes.
+        fingerprint: of the images where the file says it, else of the features.
         pixels, paths: None: the images are not here.
     """
 
@@ -45,6 +47,7 @@ class FeatureSet:
     features: torch.Tensor
     labels: torch.Tensor
     class_names: tuple[str, ...] | None = None
+    fingerprint: str = ""
     pixels: None = None
     paths: None = None
 
@@ -67,6 +70,13 @@ class Content:
     outliers: list[FeatureSet]
     training_mode: str | None
     facts: dict
+
+
+def fingerprint(images):
+    """Return the sha256 (hex) of a data.ImageSet; of a FeatureSet what it says."""
+    if images.pixels is None:
+        return images.fingerprint
+    return data.fingerprint(images.pixels, images.labels)
 
 
 def plain_name(name, used):
@@ -99,7 +109,7 @@ class Export:
 
     def __init__(self, path):
         self._path, self._arrays, self._used = path, {}, {}
-        self._settings = {"names": {}, "class_names": {}}
+        self._settings = {"names": {}, "class_names": {}, "images": {}}
         if path is None:
             return
         if Path(path).is_dir():
@@ -120,6 +130,7 @@ class Export:
             key = f"ood_{plain_name(images.name, self._used)}"
             self._settings["names"][key] = images.name
         self._arrays[key] = features.cpu().numpy()
+        self._settings["images"][key] = fingerprint(images)
         if images.class_names is not None:
             self._arrays[key + LABELS] = images.labels.cpu().numpy()
             self._settings["class_names"][key] = list(images.class_names)
@@ -171,7 +182,8 @@ def read(path):
         width = x.shape[1]
         classes = settings.get("class_names", {}).get(key)
         labels, classes = _labels(path, key + LABELS, arrays.get(key + LABELS), len(x), classes)
-        sets.append(FeatureSet(name, x, labels, classes))
+        known = settings.get("images", {}).get(key) or data.fingerprint(x, labels)
+        sets.append(FeatureSet(name, x, labels, classes, known))
     facts = {k: settings.get("record", {}).get(k) for k in FACTS}
     facts |= {"features": str(path), "features_sha256": utils.file_hash(path)}
     return Content(sets[0], sets[1], sets[2:], facts["training_mode"], facts)
@@ -243,10 +255,11 @@ def _settings(path, array):
             known = ", ".join(f"{k} ({kind.__name__})" for k, kind in SETTINGS.items())
             raise UserError(f"--features {path}: its settings have {key} = {value!r:.40}; known "
                             f"are {known}")
-    for key, name in settings.get("names", {}).items():
-        if not isinstance(name, str):
-            raise UserError(f"--features {path}: its settings call {key} {name!r:.40}; a text is "
-                            "needed")
+    for kind in ("names", "images"):
+        for key, value in settings.get(kind, {}).items():
+            if not isinstance(value, str):
+                raise UserError(f"--features {path}: {kind} of its settings has {key} = "
+                                f"{value!r:.40}; a text is needed")
     return settings
 
 

@@ -109,6 +109,7 @@ def test_exported_features_give_the_same_records_and_name_their_file(exported):
     for one, other in zip(first, second, strict=True):
         assert other.pop("features") == "out/x.npz"
         assert other.pop("features_sha256") == utils.file_hash(exported / "out/x.npz")
+        assert other.pop("id") != one.pop("id")  # the numbers rest on the file
         assert {**one, "time": ""} == {**other, "time": ""}
     assert first[0]["data_mode"] == "ssl"
 
@@ -142,6 +143,23 @@ def test_exported_scores_are_those_of_the_exported_features(exported):
     detector = detection.SSD.fit(arrays["train"])
     for key in ("test", "ood_digits"):
         np.testing.assert_array_equal(detector.score(arrays[key]), arrays[f"scores_m1_{key}"])
+
+
+def test_features_in_another_place_are_recorded_once_and_again_when_asked(score):
+    score(SETS)
+    found, home = score(SETS, name="sub.npz")
+    assert [r["in"] for r in found] == ["mine", "sub"]
+    (home / "sub").mkdir()
+    (home / "sub.npz").rename(home / "sub/sub.npz")
+    assert len(score(None, name="sub/sub.npz")[0]) == 2
+    assert len(score(None, "--again", name="sub/sub.npz")[0]) == 3
+
+
+def test_an_export_of_recorded_results_has_all_of_them(score):
+    score(SETS)
+    found, home = score(SETS, "--export", "all.npz")
+    assert len(found) == 1
+    assert {"scores_m1_test", "scores_m1_ood_far"} < set(content(home / "all.npz"))
 
 
 def test_an_export_of_imported_features_has_the_same_arrays(exported, score):
@@ -355,7 +373,7 @@ def text(**settings):
      ({"settings": np.array("[1]")}, "its settings are no JSON object: [1]"),
      ({"settings": text(out="x")}, "its settings have out = 'x'; known are in (str)"),
      ({"settings": text(names=["x"])}, "its settings have names = ['x']; known are"),
-     ({"settings": text(names={"ood_far": 3})}, "its settings call ood_far 3; a text is needed"),
+     ({"settings": text(names={"ood_far": 3})}, "names of its settings has ood_far = 3; a text"),
      ({"settings": text(**{"in": "far"})}, "two of its sets are called 'far'"),
      ({"settings": text(record={"training_mode": "BYOL"})}, "training_mode BYOL; known are SimCLR"),
      ({"ood_f": features(3), "settings": text(names={"ood_f": "far"})},
@@ -374,7 +392,7 @@ def test_arrays_that_are_no_features_are_refused_by_name(change, words, refused,
     "flags",
     ["--ckpt x.pth", "--arch resnet18", "--classes 3", "--dataset svhn", "--data-dir d",
      "--no-download", "--in-classes 0-3", "--ood svhn", "--size 64", "--normalize",
-     "--no-normalize", "--data-mode ssl", "--batch-size 9"],
+     "--no-normalize", "--data-mode ssl", "--batch-size 9", "--precision bf16", "--cache-dir d"],
 )
 def test_features_do_not_go_with_a_flag_that_asks_for_a_network_or_images(
     flags, refused, tmp_path

@@ -311,6 +311,7 @@ def main(argv=None):
             lr, momentum = rates(epoch, steps - 1)
 
             # The warm-up is not watched, as in the original: the best is one of the main part
+            watched_from = time.perf_counter()
             score, monitor_name = None, "none in this epoch"
             if epoch >= 0 and ((epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs):
                 score, monitor_name = _watch(network, test, mode, loss, args.batch_size,
@@ -320,6 +321,7 @@ def main(argv=None):
             log.record(event="epoch", epoch=epoch, loss=loss, monitor=score,
                        monitor_name=monitor_name, best=best if math.isfinite(best) else None,
                        lr=lr, momentum=momentum, views_per_s=round(speed, 1),
+                       monitor_seconds=round(time.perf_counter() - watched_from, 3),
                        seconds=round(time.perf_counter() - began, 3))
             title = f"Epoch {epoch}"
             if epoch < 0:

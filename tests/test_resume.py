@@ -13,7 +13,7 @@ from conftest import ROOT
 
 TINY = ("--arch", "resnet18", "--size", 8, "--epochs", 2, "--batch-size", 16, "--lr", 0.01,
         "--print-freq", 1, "--save-steps", 2, "--normalize")
-VOLATILE = ("views_per_s", "seconds")
+VOLATILE = ("views_per_s", "seconds", "monitor_seconds")
 
 
 def end_of(home, name="temp"):

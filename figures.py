@@ -154,7 +154,6 @@ def score_histograms(panels, path):
             low, high = low - 0.5, high + 0.5
         decades = low > 0 and high > 10 * low
         bins = np.geomspace(low, high, 61) if decades else np.linspace(low, high, 61)
-        bins[[0, -1]] = low, high  # rounding of geomspace would leave the clipped ones out
         outliers = 0
         for name, values in scores.items():
             style = {"histtype": "stepfilled", "color": GREY, "alpha": 0.6}

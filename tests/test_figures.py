@@ -142,12 +142,14 @@ def test_the_area_under_a_roc_curve_is_the_auroc_that_its_label_says(drawn):
 
 def test_the_area_under_the_steps_of_a_precision_recall_curve_is_the_aupr_of_its_label(drawn):
     title, inside, scores = panel()
+    scores[inside][0] = 1e9  # so that the curve does not begin at precision 1
     (axis,) = drawn(figures.precision_recall_curves, [(title, inside, scores)]).axes
     for line, name in zip(axis.get_lines(), ("svhn", "texture"), strict=True):
         truth = np.repeat([0, 1], [len(scores[inside]), len(scores[name])])
         aupr = average_precision_score(truth, np.concatenate([scores[inside], scores[name]]))
         assert line.get_drawstyle() == "steps-post"
         recall, precision = line.get_xydata().T
+        assert precision[-1] == precision[-2]  # no step up to scikit-learn's last point
         assert -np.sum(np.diff(recall) * precision[:-1]) == pytest.approx(1e4 * aupr)
         assert line.get_label() == f"{name}  {aupr:.4f} ({truth.mean():.4f})"
 
@@ -189,10 +191,10 @@ def test_the_spectrum_shows_means_of_neighbouring_directions(drawn):
 
 
 def test_the_last_bin_of_the_spectrum_may_be_smaller(drawn):
-    share = np.ones(129)
+    share = np.ones(130)
     _, right = drawn(figures.spectrum, share, {"in": share}, "in").axes
-    assert right.get_lines()[0].get_ydata().tolist() == [1] * 43
-    assert right.get_lines()[0].get_xdata()[-1] == 128
+    assert right.get_lines()[0].get_ydata().tolist() == [1] * 44
+    assert right.get_lines()[0].get_xdata()[-1] == 130
 
 
 # --- contact sheets -------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def extract(
     """
     device = next(forward.parameters()).device
     draws = _draw(images, mode, utils.generator(seed, mode, _kind(images), copy))
+    if mean is not None:  # once, not at every batch
+        mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     was_training = forward.training
     forward.eval()
     out = None

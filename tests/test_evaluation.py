@@ -165,7 +165,8 @@ def image_sets(*names):
 
 
 def report(tmp_path, **kwargs):
-    return Report(tmp_path, "e", "ssd", common={"images": {"train": "x"}, "seed": 1}, **kwargs)
+    (train,) = image_sets("train")
+    return Report(tmp_path, "e", "ssd", train=train, seed=1, common={}, **kwargs)
 
 
 def fill(a_report, test, pairs):

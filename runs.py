@@ -12,12 +12,14 @@ is taken up. Nothing here depends on a clock being right.
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -29,9 +31,10 @@ import utils
 from utils import UserError
 
 # Flags that say where things are and how often they are written: no weight depends on them, so a
-# run may be continued with others.
+# run may be continued with others. Mean and deviation follow from the images, which have a hash.
 UNCOUNTED = ("config", "results_dir", "exp_name", "data_dir", "no_download", "no_resume",
-             "print_freq", "save_freq", "save_steps", "fast", "method", "gpu")
+             "print_freq", "save_freq", "save_steps", "fast", "method", "gpu",
+             "mean", "std")
 
 
 # --- which run ------------------------------------------------------------------------------------
@@ -43,10 +46,12 @@ class Run:
 
     Attributes:
         folder: RESULTS/EXP/N--label. taken_up: whether it was there before.
+        claim: Claim, held until the exit.
     """
 
     folder: Path
     taken_up: bool
+    claim: "Claim"
 
 
 def open_run(results_dir, exp_name, label, config, images, resume=True):
@@ -75,9 +80,9 @@ def open_run(results_dir, exp_name, label, config, images, resume=True):
             same = next((k for k in known if not _changed(k[1], settings)), None)
             if same is None or finished(same[0]):
                 _say_what_changed(known, settings)
-                run = Run(_start(home, label, settings), taken_up=False)
-                _point(home, run.folder)
-                return run
+                folder, claim = _start(home, label, settings)
+                _point(home, folder)
+                return Run(folder, False, claim)
         folder, before = same
         for split, digest in settings["images"].items():
             if before["images"].get(split) != digest:
@@ -89,7 +94,7 @@ def open_run(results_dir, exp_name, label, config, images, resume=True):
         claim.take()
         if not finished(folder):  # while we waited for the claim
             _point(home, folder)
-            return Run(folder, taken_up=True)
+            return Run(folder, True, claim)
         claim.release()
 
 
@@ -105,16 +110,22 @@ def finished(folder):
 
 
 def _known_runs(home):
-    """(folder, settings) of the runs of a name whose settings can be read, newest first."""
+    """(folder, settings) of the runs of a name, newest first; those of the original have none."""
     found = []
     for folder in home.iterdir():
-        number = folder.name.partition("--")[0]
-        with contextlib.suppress(OSError, ValueError):
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if number.isdecimal() and {"config", "images"} <= settings.keys():
-                found.append((int(number), folder, settings))
-    return [(folder, settings) for _, folder, settings in sorted(found, reverse=True,
-                                                                 key=lambda f: f[0])]
+        number, path = folder.name.partition("--")[0], folder / "config.json"
+        if not number.isdecimal() or not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            utils.note(f"{path} is no JSON ({error}); its run is not continued")
+            continue
+        parts = settings if isinstance(settings, dict) else {}
+        if all(isinstance(parts.get(key), dict) for key in ("config", "images")):
+            found.append((int(number), folder, settings))
+    found.sort(key=lambda run: run[0], reverse=True)
+    return [(folder, settings) for _, folder, settings in found]
 
 
 def _changed(before, settings):
@@ -136,22 +147,27 @@ def _say_what_changed(known, settings):
 
 
 def _start(home, label, settings):
-    """Make and claim the next run folder."""
+    """Make and claim the next run folder: (folder, claim). It takes its name once it is whole."""
+    made = Path(tempfile.mkdtemp(dir=home, prefix=".new-run."))
+    made.chmod(0o777 & ~utils.umask())
+    (made / "checkpoint").mkdir()
+    with utils.whole_file(made / "config.json", "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=1)
+        file.write("\n")
     taken = [int(n) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
     number = max(taken, default=0) + 1
     while True:
         folder = home / f"{number}--{label}"
         try:
-            folder.mkdir()
+            made.rename(folder)
             break
-        except FileExistsError:  # another program was faster
-            number += 1
-    (folder / "checkpoint").mkdir()
-    Claim(folder).take()
-    with utils.whole_file(folder / "config.json", "w", encoding="utf-8") as file:
-        json.dump(settings, file, indent=1)
-        file.write("\n")
-    return folder
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            number += 1  # another program was faster
+    claim = Claim(folder)
+    claim.take()
+    return folder, claim
 
 
 def _point(home, folder):
@@ -186,8 +202,8 @@ class Claim:
 
     The claim is a lock on RUN/claim.json, which ends with its process however that dies, and the
     file says who: host, pid, start time of the process. Locks do not reach other machines on every
-    file system, so a claim written on another machine counts as dead only once its beat stands
-    still; no two clocks are compared.
+    file system, and may outlive them on others, so of a claim that was written on another machine
+    the beat decides: it is dead once that stands still. No two clocks are compared.
 
     Args:
         folder: the run folder.
@@ -197,7 +213,7 @@ class Claim:
         self._folder, self._path = Path(folder), Path(folder) / "claim.json"
         self._me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(),
                     "started": _started(os.getpid())}
-        self._ended, self._thread = threading.Event(), None
+        self._ended, self._thread, self._lost = threading.Event(), None, None
 
     def take(self):
         """Take the claim, over from a dead process where there was one; held until the exit.
@@ -207,30 +223,50 @@ class Claim:
         """
         locked = self._open()
         holder = self._read()
-        if locked is False or (holder and self._lives(holder, locked)):
-            os.close(self._handle)
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-            raise UserError(f"{self._folder} is being trained by {who}; --no-resume starts another "
-                            "run with the same settings")
+        if holder and not self._is_here(holder):
+            locked = self._watch(holder)
+        elif locked is None and holder and _started(holder["pid"]) == holder["started"]:
+            locked = False  # no locks here, but the process is found
+        if locked is False:
+            self._refuse()
         if holder:
             utils.note(f"{self._folder}: process {holder['pid']} on {holder['host']} is gone; "
                        "its run is taken over")
         self._write(0)
+        if locked is None or (holder and not self._is_here(holder)):
+            time.sleep(BEAT)  # somebody else may have judged so too: who wrote last has it
+            if self._read_again() != self._me | {"beat": 0}:
+                self._refuse()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
         atexit.register(self.release)
+
+    def check(self):
+        """Stop if another process has taken the run over, since this one seemed dead.
+
+        Raises:
+            utils.RunError: names it.
+        """
+        if self._lost:
+            raise utils.RunError(f"{self._folder} was taken over by process {self._lost['pid']} on "
+                                 f"{self._lost['host']}, to which this one seemed dead; stopped")
 
     def release(self):
         """Give the claim back, so that nobody has to find out whether its process lives."""
         if not self._ended.is_set():
             self._ended.set()
             self._thread.join()
-            os.ftruncate(self._handle, 0)
-            os.close(self._handle)
+            with contextlib.suppress(OSError):
+                if not self._lost:
+                    os.ftruncate(self._handle, 0)
+                os.close(self._handle)
 
     def _open(self):
         """Whether the lock is ours; None where the file system has no locks."""
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        return self._lock()
+
+    def _lock(self):
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -240,39 +276,73 @@ class Claim:
             return None
 
     def _read(self):
-        """What the file says of its holder, None where it is empty or cut off."""
+        """What the file says of its holder, None where it is empty."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            holder = json.loads(os.pread(self._handle, 4096, 0))
-            return {k: holder[k] for k in ("host", "boot", "pid", "started", "beat")}
+            holder = json.loads(os.pread(self._handle, LINE, 0))
+            return {k: holder[k] for k in (*self._me, "beat")}
         return None
 
-    def _lives(self, holder, locked):
-        if holder["boot"] == self._me["boot"] is not None:
-            # A lock of this machine would have been found; without locks the process is looked up
-            return not locked and _started(holder["pid"]) == holder["started"]
+    def _read_again(self):
+        """The same through a new handle: a network file system looks again when a file is opened.
+
+        The lock goes with the old handle and is taken anew.
+        """
+        os.close(self._handle)
+        return self._read() if self._open() is not False else {}
+
+    def _is_here(self, holder):
+        return holder["boot"] == self._me["boot"] is not None
+
+    def _watch(self, holder):
+        """Wait whether a claim of another machine beats: False if so, else as `_lock`.
+
+        A lock of a machine that died may stay for a minute or two; nobody else has it then.
+        """
+        wait = BEAT * BEATS_MISSED
         utils.note(f"{self._folder} was claimed by process {holder['pid']} on {holder['host']}; "
-                   f"waiting {BEAT * BEATS_MISSED:.0f} s for a sign of life")
-        time.sleep(BEAT * BEATS_MISSED)
-        os.close(self._handle)  # a network file system looks again when a file is opened
-        return self._open() is False or self._read() != holder
+                   f"waiting {wait:.0f} s for a sign of life")
+        for _ in range(5):
+            time.sleep(wait)
+            os.close(self._handle)
+            locked = self._open()
+            if self._read() != holder:
+                return False
+            if locked is not False:
+                break
+        return locked
+
+    def _refuse(self):
+        holder = self._read()
+        os.close(self._handle)
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        raise UserError(f"{self._folder} is being trained by {who}; --no-resume starts another "
+                        "run with the same settings")
 
     def _write(self, beat):
-        line = json.dumps(self._me | {"beat": beat}).encode() + b"\n"
+        line = json.dumps(self._me | {"beat": beat}).encode().ljust(LINE - 1) + b"\n"
         with contextlib.suppress(OSError):  # a full disk takes no beat, and must not end the run
             os.pwrite(self._handle, line, 0)
-            os.ftruncate(self._handle, len(line))
+            os.fsync(self._handle)  # other machines see it now, not when the system likes
 
     def _keep_beating(self):
         beat = 0
         while not self._ended.wait(BEAT):
+            holder = self._read()
+            if holder and holder != self._me | {"beat": beat}:
+                self._lost = holder
+                return
             beat += 1
             self._write(beat)
 
 
+LINE = 512  # bytes of a claim: always as many, so that no reader finds half of one
+
+
 def _boot():
-    """The id of this start of this machine, None where the system has none."""
+    """What tells this start of this machine, and this container, from others; None if nothing."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return (Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+                + " " + os.readlink("/proc/self/ns/pid"))
     return None
 
 
@@ -298,7 +368,7 @@ class Log:
     """
 
     def __init__(self, folder, keep=0):
-        self._waiting = {}
+        self._waiting, self._noted = {}, set()
         for name in ("setup.log", "log.jsonl"):
             path = Path(folder) / name
             self._waiting[path] = b""
@@ -322,24 +392,32 @@ class Log:
         self._add(self._records, json.dumps(fields))
 
     def sync(self):
-        """Bring the records to the disk; returns whether all of them are there.
+        """Bring the records to the disk, those that wait too; returns whether all are there.
 
         Checkpoints name a length of the records, so these go first.
         """
+        self._flush(self._records)
         with contextlib.suppress(OSError), open(self._records, "rb+") as file:
             os.fsync(file.fileno())
             return not self._waiting[self._records]
         return False
 
     def _add(self, path, text):
-        held = bool(self._waiting[path])
         self._waiting[path] += text.encode(errors="surrogateescape") + b"\n"
+        self._flush(path)
+
+    def _flush(self, path):
+        if not self._waiting[path]:
+            return
         try:
             utils.append_whole(path, self._waiting[path])
             self._waiting[path] = b""
         except OSError as error:
-            if not held:
+            if path not in self._noted:
                 utils.note(f"{path} cannot be written to ({error.strerror}); its lines wait")
+            self._noted.add(path)
+        else:
+            self._noted.discard(path)
 
 
 class Checkpoints:
@@ -354,13 +432,15 @@ class Checkpoints:
     def __init__(self, folder):
         self._folder = Path(folder)
         self._waiting = {}
+        for left in self._folder.glob(".*.pth.tar*"):  # by saves that were killed
+            left.unlink()
 
     @property
     def missing(self):
         """Names of checkpoints that could not be written yet."""
         return list(self._waiting)
 
-    def save(self, state, names=()):
+    def save(self, state, names=(), hold=False):
         """Write the newest checkpoint, after copies of it under other names.
 
         A kill between two of them loses none: the newest, from which a run goes on, comes last. A
@@ -369,12 +449,13 @@ class Checkpoints:
         Args:
             state: tensors and plain types only.
             names: of the copies, as "model_best.pth.tar".
+            hold: only keep it for the next call, since the log that it counts on is not written.
         """
         buffer = io.BytesIO()  # torch's own writer does not say why a write to a file fails
         torch.save(state, buffer)
         self._waiting.pop(self.NEWEST, None)
         self._waiting |= dict.fromkeys([*names, self.NEWEST], buffer.getbuffer())
-        for name in list(self._waiting):
+        for name in () if hold else list(self._waiting):
             try:
                 before = self._keep_the_one_before if name == self.NEWEST else None
                 with utils.whole_file(self._folder / name, before_naming=before) as file:
@@ -413,26 +494,28 @@ class Checkpoints:
         """
         numbered = sorted(self._folder.glob("checkpoint_[0-9]*.pth.tar"),
                           key=lambda f: -int("0" + "".join(filter(str.isdigit, f.name))))
-        tried = []
+        damaged = []
         for path in (self._folder / self.NEWEST, self._folder / self.BEFORE, *numbered):
             if not path.exists():
                 continue
             try:
                 content = utils.read_checkpoint(path)
                 if isinstance(content, dict) and "progress" in content:
-                    if tried:
-                        utils.note(f"continuing from {path}, the newest whole checkpoint")
-                    return content
-                reason = f"{path} has no record of its progress"
+                    break
+                damaged.append((path, f"{path} has no record of its progress"))
             except UserError as error:
-                reason = str(error)
-            aside = path.with_name(path.name + ".damaged")
-            os.replace(path, aside)  # or it would take the place of a whole one at the next save
-            utils.note(f"{reason}; put aside as {aside.name}")
-            tried.append(path)
-        if tried:
-            raise UserError(f"no whole checkpoint in {self._folder}; --no-resume starts a new run")
-        return None
+                damaged.append((path, str(error)))
+        else:
+            if damaged:
+                raise UserError(f"no whole checkpoint in {self._folder} ({damaged[0][1]}); "
+                                "--no-resume starts a new run")
+            return None
+        for bad, reason in damaged:  # or it would take the place of a whole one at the next save
+            os.replace(bad, bad.with_name(f"{bad.name}.damaged"))
+            utils.note(f"{reason}; put aside as {bad.name}.damaged")
+        if damaged:
+            utils.note(f"continuing from {path}, the newest whole checkpoint")
+        return content
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -218,8 +218,11 @@ def main(argv=None):
         "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
         "dataset": data.absolute(args.dataset),
     }
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # a requeued job, typed once
+    if args.no_resume and again:
+        utils.note("--no-resume does not count at a restart by Slurm: the run is continued")
     run = runs.open_run(args.results_dir, args.exp_name, label, config, hashes,
-                        resume=not args.no_resume)
+                        resume=again or not args.no_resume)
     checkpoints = runs.Checkpoints(run.folder / "checkpoint")
     saved = checkpoints.newest()
     at = {"epoch": 0, "step": 0, "losses": None, "best": -math.inf, "log_bytes": 0}
@@ -227,6 +230,9 @@ def main(argv=None):
         network.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         at = saved["progress"]
+        if at["device"] != device.type:
+            utils.note(f"the run was trained on {at['device']} so far and goes on with "
+                       f"{device.type}")
 
     # Logs; what they say of later steps goes, since those are made again
     steps = math.ceil(len(train) / args.batch_size)
@@ -268,7 +274,8 @@ def main(argv=None):
             where = f"step {step} of epoch {epoch}" if step else f"epoch {epoch - 1}"
             raise utils.RunError(f"weights are not finite after {where}; stopped, the checkpoints "
                                  "of earlier steps are untouched")
-        log.sync()
+        run.claim.check()
+        written = log.sync()
         checkpoints.save({
             "epoch": max(epoch, 0),  # of the main part that are done
             "arch": args.arch,
@@ -279,15 +286,16 @@ def main(argv=None):
             "progress": {  # from which the run goes on; its epochs count the warm-up
                 "epoch": warm + epoch, "step": step, "best": best, "log_bytes": log.size,
                 "losses": None if losses is None else losses.cpu().clone(),
+                "device": device.type,
             },
-        }, names)
+        }, names, hold=not written)
 
     def after_step(epoch, step, losses):
         due = args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < steps
         if due or stop.signal:
             trainers.stop_if_not_finite(losses, epoch, rates)
             save(epoch, step + 1, losses)
-        end_if_asked(f"epoch {epoch}, step {step + 1} of {steps}")
+            end_if_asked(f"epoch {epoch}, step {step + 1} of {steps}")
 
     def end_if_asked(where):
         if stop.signal and not checkpoints.missing:
@@ -339,7 +347,9 @@ def main(argv=None):
         raise utils.RunError(f"trained to the end, but {', '.join(checkpoints.missing)} could not "
                              "be written; the same command trains again from the one before")
     log.record(event="end", epochs=args.epochs, warmup_epochs=warm)
-    log.sync()
+    if not log.sync():
+        raise utils.RunError(f"trained to the end, but {run.folder / 'log.jsonl'} could not be "
+                             "written; the same command writes it")
     log.line(f"done: {run.folder / 'checkpoint' / 'checkpoint.pth.tar'}")
 
 

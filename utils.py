@@ -350,6 +350,13 @@ def make_folder(path, flag):
         raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from None
 
 
+def umask():
+    """Return the permissions that files of this process are not given."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextlib.contextmanager
 def whole_file(path, mode="wb", before_naming=None, **kwargs):
     """Open a file that appears under its name only once it is whole and on the disk.
@@ -370,17 +377,16 @@ def whole_file(path, mode="wb", before_naming=None, **kwargs):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner reads
         if before_naming is not None:
             before_naming()
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+        with contextlib.suppress(OSError):  # some file systems refuse; the file itself is there
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the rename itself
+            finally:
+                os.close(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -469,7 +475,14 @@ def read_checkpoint(path, flag=""):
             raise UserError(f"{flag}{path} holds more than tensors and plain types "
                             f"({refused[0]}) and was not loaded: it could run code") from None
         raise UserError(f"{flag}{path} is not a torch checkpoint, or damaged") from None
-    except Exception:  # truncated zip archives, foreign bytes: torch raises many types for them
+    except MemoryError:
+        raise
+    except Exception as error:  # truncated archives, foreign bytes: torch raises many types for it
+        # The disk's or the memory's fault is not the file's; but a wild offset in it is EINVAL
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise
+        if "DefaultCPUAllocator" in str(error):
+            raise
         raise UserError(f"{flag}{path} is not a torch checkpoint, or damaged") from None
     return content
 

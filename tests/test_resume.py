@@ -129,23 +129,25 @@ def test_a_disk_that_fills_costs_no_run_and_the_exit_status_tells(
     assert_equal(unbroken("--training-mode", "SupCE"), end_of(tmp_path))
 
 
-def test_images_that_changed_while_a_run_was_down_are_refused(command, tmp_path, tiny_npz):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_that_changed_while_a_run_was_down_are_refused(
+    split, command, tmp_path, tiny_npz
+):
     copy = tmp_path / "images.npz"
     shutil.copy(tiny_npz, copy)
     typed = ("train.py", "--dataset", f"npz:{copy}", *TINY, "--training-mode", "SupCE")
-    assert command("tests/kill_at.py", "step", 5, *typed, cwd=tmp_path).returncode < 0
+    assert command("tests/kill_at.py", "step", 2, *typed, cwd=tmp_path).returncode < 0
     with np.load(tiny_npz) as file:
         arrays = dict(file)
-    arrays["test_images"] = arrays["test_images"].copy()
-    arrays["test_images"][0, 0, 0] ^= 1
+    arrays[f"{split}_images"] = 255 - arrays[f"{split}_images"]
     np.savez(copy, **arrays)
     refused = command(*typed, cwd=tmp_path)
     assert refused.returncode == 2
     (line,) = refused.stderr.strip().splitlines()
     (run,) = (tmp_path / "results/temp").glob("1--*")
-    before = json.loads((run / "config.json").read_text())["images"]["test"]
+    before = json.loads((run / "config.json").read_text())["images"][split]
     folder = run.relative_to(tmp_path)
-    assert f"the test images are not those that {folder} was started with" in line
+    assert f"the {split} images are not those that {folder} was started with" in line
     assert f"it was {before}" in line
 
 

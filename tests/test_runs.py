@@ -44,7 +44,29 @@ def test_runs_are_numbered_and_latest_exp_points_to_the_last(start, tmp_path):
     assert (latest / "checkpoint").is_dir()
 
 
-def test_two_programs_never_get_the_same_run_folder(start):
+STARTER = """
+import runs, sys, time
+known = runs._known_runs
+runs._known_runs = lambda home: (known(home), time.sleep(0.5))[0]  # the other one is here by now
+try:
+    print(runs.open_run(sys.argv[1], "exp", "x", {config!r}, {images!r}).folder.name, flush=True)
+    sys.stdin.read()
+except runs.UserError as error:
+    print("refused")
+"""
+
+
+def test_two_programs_that_start_at_once_get_one_run_and_a_refusal(tmp_path):
+    code = STARTER.format(config=CONFIG, images=IMAGES)
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    said = [p.stdout.readline().strip() for p in both]
+    for process in both:
+        process.communicate()
+    assert sorted(said) == ["1--x", "refused"]
+
+
+def test_threads_that_cannot_be_locked_out_never_get_the_same_run_folder(start):
     got = []
     threads = [threading.Thread(target=lambda: got.append(start(resume=False))) for _ in range(16)]
     for t in threads:
@@ -105,7 +127,16 @@ def test_other_images_than_the_run_was_started_with_are_refused_with_both_hashes
     start()
     with pytest.raises(utils.UserError, match=r"train images are not.*sha256 is bb, it was aa"):
         start(images={"train": "bb", "test": None})
+    with pytest.raises(utils.UserError, match="sha256 is bb"):  # a measured mean follows them
+        start(images={"train": "bb", "test": None}, mean=[0.5] * 3)
     assert start(images={"train": "bb", "test": None}, resume=False).folder.name == "2--x"
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '{"config": null, "images": {}}', "{", ""])
+def test_a_folder_whose_configuration_cannot_be_read_is_left_alone(start, content):
+    folder = start().folder
+    (folder / "config.json").write_text(content)
+    assert start().folder.name == "2--x"
 
 
 HOLDER = """
@@ -156,7 +187,7 @@ def test_where_files_cannot_be_locked_the_process_is_looked_up(start, holder, mo
 
 def claim_of_another_machine(run):
     path = run.folder / "claim.json"
-    holder = {"host": "far", "boot": "other", "pid": 4, "started": 5, "beat": 6}
+    holder = {"host": "far", "boot": "other 1", "pid": 4, "started": 5, "beat": 6}
     path.write_text(json.dumps(holder))
     return path, holder
 
@@ -179,6 +210,34 @@ def test_a_claim_of_another_machine_that_beats_is_refused(start, monkeypatch):
     monkeypatch.setattr(runs.time, "sleep", beat)
     with pytest.raises(utils.UserError, match="being trained by process 4 on far"):
         start()
+
+
+def test_of_two_that_take_a_dead_claim_over_the_last_to_write_has_it(start, monkeypatch):
+    path, holder = claim_of_another_machine(start())
+    waits = []
+
+    def other_takes_it(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:  # the first wait is for the dead one's beat
+            path.write_text(json.dumps(holder | {"host": "third", "pid": 9, "beat": 0}))
+
+    monkeypatch.setattr(runs.time, "sleep", other_takes_it)
+    with pytest.raises(utils.UserError, match="being trained by process 9 on third"):
+        start()
+
+
+def test_a_process_that_was_taken_for_dead_saves_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "BEAT", 0.01)
+    claim = runs.Claim(tmp_path)
+    claim.take()
+    claim.check()
+    other = claim._me | {"host": "third", "pid": 9, "beat": 0}
+    (tmp_path / "claim.json").write_text(json.dumps(other).ljust(runs.LINE))
+    claim._thread.join(timeout=20)
+    with pytest.raises(utils.RunError, match="taken over by process 9 on third"):
+        claim.check()
+    claim.release()
+    assert json.loads((tmp_path / "claim.json").read_text()) == other  # it is theirs now
 
 
 def test_a_claim_beats_and_is_emptied_when_it_is_given_back(tmp_path, monkeypatch):
@@ -227,6 +286,8 @@ def test_lines_that_a_full_disk_refuses_wait_and_go_first(tmp_path, monkeypatch,
     assert not log.sync()
     size = log.size
     monkeypatch.setattr(utils, "append_whole", append)
+    assert log.sync()
+    assert (tmp_path / "log.jsonl").stat().st_size == size  # what a checkpoint would name
     log.record(step=4)
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
     assert steps == [1, 2, 3, 4]
@@ -317,8 +378,38 @@ def test_numbered_checkpoints_are_the_last_resort_and_no_whole_one_an_error(tmp_
     assert step_of(tmp_path) == 10
     for path in tmp_path.glob("*.pth.tar"):
         path.write_bytes(b"x")
-    with pytest.raises(utils.UserError, match=r"no whole checkpoint.*--no-resume"):
-        step_of(tmp_path)
+    for _ in range(2):  # nothing is moved, so the next start does not begin anew either
+        with pytest.raises(utils.UserError, match=r"no whole checkpoint.*--no-resume"):
+            step_of(tmp_path)
+
+
+def test_a_disk_or_memory_that_fails_in_reading_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    store = runs.Checkpoints(tmp_path)
+    store.save(state(1))
+    for error in (OSError(5, "Input/output error"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fail)
+        with pytest.raises(type(error)):
+            store.newest()
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
+
+
+def test_what_killed_saves_left_is_removed(tmp_path):
+    runs.Checkpoints(tmp_path).save(state(1))
+    (tmp_path / ".checkpoint.pth.tar.x3d").write_bytes(b"half")
+    assert step_of(tmp_path) == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
+
+
+def test_a_checkpoint_waits_for_the_log_that_it_counts_on(tmp_path):
+    store = runs.Checkpoints(tmp_path)
+    store.save(state(1), hold=True)
+    assert store.missing == ["checkpoint.pth.tar"]
+    store.save(state(2))
+    assert (store.missing, step_of(tmp_path)) == ([], 2)
 
 
 def test_a_failed_write_keeps_the_old_file_and_is_tried_again(tmp_path, monkeypatch, capsys):
@@ -330,7 +421,6 @@ def test_a_failed_write_keeps_the_old_file_and_is_tried_again(tmp_path, monkeypa
         assert store.missing == ["model_best.pth.tar", "checkpoint.pth.tar"]
     assert "model_best.pth.tar was not written (No space left)" in capsys.readouterr().err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint.pth.tar"]
-    assert step_of(tmp_path) == 1
     store.save(state(3))
     assert store.missing == []
     best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)

@@ -126,11 +126,11 @@ def test_kills_at_random_moments_cost_no_more_than_the_steps_since_the_last_save
 @pytest.mark.parametrize("place", ["sync", "rename", "link", "append", "monitor", "step"])
 def test_kills_at_every_stage_of_a_save(place, unbroken, tmp_path, tiny_npz):
     line = typed(tiny_npz, "SupCE", "--save-steps", 2)
-    tries = (1, 2, 3, 5, 8) if place != "monitor" else (1, 2, 3)
+    tries = (1, 2, 3, 5, 8) if place != "monitor" else (1, 2)
     for n in tries:
         killed = run([sys.executable, str(ROOT / "tests/kill_at.py"), place, str(n), *line[1:]],
                      tmp_path)
-        assert killed.returncode in (-signal.SIGKILL, 0), killed.stderr
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     last = run(line, tmp_path)
     assert last.returncode == 0, last.stderr
     assert_equal(unbroken("SupCE", "--save-steps", 2), end_of(tmp_path))
@@ -198,8 +198,7 @@ def test_a_full_disk_costs_nothing_once_there_is_room(unbroken, tmp_path, tiny_n
         assert "could not be written" in full.stderr.splitlines()[-1]
         assert "Traceback" not in full.stderr
         reached = steps_logged(disk)
-        grown = subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-        assert grown.returncode == 0
+        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
         last = run(typed(tiny_npz), disk)
         assert last.returncode == 0, last.stderr
         assert_equal(unbroken(), end_of(disk))
@@ -230,7 +229,7 @@ def test_a_disk_full_to_the_last_byte_ends_no_run(unbroken, tmp_path, tiny_npz):
         filler.unlink()
         err = process.communicate(timeout=240)[1]
         assert process.returncode == 0, err
-        assert "No space left on device" in err
+        assert "No space left on device); its lines wait" in err
         assert_equal(unbroken(), end_of(disk))
         record("disk full for two seconds", 1, 0, "yes")
     finally:
@@ -253,7 +252,6 @@ def test_a_clock_set_back_changes_nothing(half, unbroken, tmp_path, tiny_npz):
 def test_two_starts_at_once_never_share_a_run(tmp_path, tiny_npz):
     tries = 20
     line = typed(tiny_npz, "SupCE")
-    refused = 0
     for n in range(tries):
         home = tmp_path / str(n)
         home.mkdir()
@@ -266,10 +264,9 @@ def test_two_starts_at_once_never_share_a_run(tmp_path, tiny_npz):
         winner = next(p for p in both if p is not loser)
         assert loser.returncode == 2
         assert "is being trained by process" in loser.communicate()[1]
-        refused += 1
         assert len(list((home / "results/temp").glob("[0-9]*"))) == 1
         assert winner.poll() is None
         winner.send_signal(signal.SIGKILL)
         winner.communicate()
         shutil.rmtree(home)
-    record("two starts at once", tries, "-", f"one trained, the other was refused {refused} times")
+    record("two starts at once", tries, "-", "one trained, the other was refused")

@@ -174,6 +174,14 @@ def test_fast_says_what_it_chose_and_keeps_to_what_was_asked(command, tmp_path, 
     assert chosen == {"precision": "fp32", "channels_last": True, "compile": False}
 
 
+def test_deterministic_changes_nothing_on_a_cpu(unbroken, command, tmp_path, tiny_npz):
+    flags = ("--training-mode", "SupCE")
+    done = command("train.py", "--dataset", f"npz:{tiny_npz}", *TINY, *flags, "--deterministic",
+                   cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_equal(unbroken(*flags), end_of(tmp_path))
+
+
 def test_the_monitor_looks_as_often_as_it_is_told_and_at_the_end(command, tmp_path, tiny_npz):
     done = command("train.py", "--dataset", f"npz:{tiny_npz}", *TINY, "--epochs", 3,
                    "--val-freq", 2, cwd=tmp_path)

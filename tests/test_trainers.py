@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 import data
 import models
@@ -245,6 +246,23 @@ def test_fast_settings_train_along_the_same_curve(settings):
     _, fast, _ = train("SimCLR", tiny_images(), settings=settings, **kwargs)
     assert fast == pytest.approx(plain, rel=1e-2)
     assert fast != plain or "precision" not in settings
+
+
+def test_compiling_makes_one_graph_a_shape_and_none_in_later_epochs(monkeypatch):
+    # 12 images in steps of 5, 5, 2: two shapes, of the network and of the augmentation each.
+    # Graphs are made and counted, kernels are not: that would take minutes here.
+    counter, compile_ = torch._dynamo.testing.CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(
+        f, backend=counter, fullgraph=True, **kwargs))
+    images, settings = tiny_images(), {"compile": True, "mean": [0.5] * 3, "std": [0.2] * 3}
+    _, plain, _ = train("SimCLR", images, epochs=3, settings=settings | {"compile": False})
+    step, losses = make_step("SimCLR", images, **settings), []
+    kwargs = dict(rates=lambda epoch, step: (0.02, 0.9), batch_size=5, seed=7, print_freq=9,
+                  report=lambda *r: None)
+    for epoch in range(3):
+        losses.append(trainers.train_epoch(step, epoch=epoch, draws=epoch, **kwargs)[0])
+        assert counter.frame_count == 4
+    assert losses == pytest.approx(plain, rel=1e-3)
 
 
 def test_bf16_leaves_outputs_and_weights_in_float32():

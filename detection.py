@@ -106,7 +106,8 @@ def _shaped(features, name, width=None):
     """Return features as a tensor, if [N, D] and of the right width; their values are not read."""
     features = torch.as_tensor(features)
     if features.dim() != 2 or 0 in features.shape:
-        raise FeatureError(f"{name} must be [N, D], not {list(features.shape)}")
+        raise FeatureError(f"{name} must be [N, D] with N and D above 0, not "
+                           f"{list(features.shape)}")
     if width is not None and features.shape[1] != width:
         raise FeatureError(f"{name} have {features.shape[1]} dimensions, the training ones {width}")
     return features

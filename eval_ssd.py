@@ -83,8 +83,9 @@ def main(argv=None):
     if max(args.clusters) > len(train) and not by_class:
         raise UserError(f"--clusters {max(args.clusters)} is more than the {len(train)} training "
                         "images")
-    if args.export is not None and args.export == args.scores:
-        raise UserError(f"--export and --scores are the same file, {args.export}")
+    for flag in ("scores", "features"):
+        if args.export is not None and args.export == getattr(args, flag):
+            raise UserError(f"--export and --{flag} are the same file, {args.export}")
     export = exchange.Export(args.export)
     report = evaluation.Report(args.results_dir, args.exp_name, "ssd", train=train, seed=args.seed,
                                common=common, scores=args.scores, plot=args.plot, again=args.again)

@@ -37,7 +37,8 @@ DEFAULT_OOD = ("cifar10", "cifar100", "svhn", "texture", "blobs")
 def add_arguments(p, needs_network=True):
     """Add the flags of both evaluations to a utils.Parser, grouped; --ckpt is required or not."""
     group = p.add_argument_group("run")
-    group.add_argument("--exp-name", default="temp_eval_ssd", help="name of the result files")
+    group.add_argument("--exp-name", type=utils.experiment, default="temp_eval_ssd",
+                       help="name of the result files")
     group.add_argument("--results-dir", "--results_dir", default="./eval_results",
                        help="where results are written")
     group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,

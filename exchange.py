@@ -10,6 +10,7 @@ runs code from it.
 
 import json
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def read(path):
 
 def _feature_keys(path, found):
     """Names of the arrays of features: train, test, then the outlier sets in their order."""
-    outside = [k for k in found if k.startswith("ood_") and not k.endswith(LABELS)]
+    outside = [k for k in found if k.startswith("ood_") and not k.endswith(LABELS) and k != "ood_"]
     for key, there in (("train", "train" in found), ("test", "test" in found),
                        ("ood_NAME", outside)):
         if not there:
@@ -222,6 +223,8 @@ def _arrays(path):
     """{name: array} of the file, but for the scores."""
     if not Path(path).is_file():
         raise UserError(f"--features {path}: no such file")
+    if not zipfile.is_zipfile(path):  # of a text file numpy would say that it is pickled
+        raise UserError(f"--features {path} cannot be read as an .npz file: it is no zip archive")
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):

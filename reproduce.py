@@ -650,6 +650,30 @@ def write_readme(path, table, lines):
 # --- the program ----------------------------------------------------------------------------------
 
 
+CHECK = """
+import json, sys, train, utils
+sys.argv[0] = "train.py"
+for arguments in json.load(sys.stdin):
+    utils.parse_args(train.parser(), arguments)
+"""
+
+
+def check_trainings(table, jobs):
+    """See that train.py takes the flags of every training, before anything runs.
+
+    Raises:
+        UserError: it does not; with its words.
+    """
+    lines = [list(job.arguments[1:]) for job in jobs if job.after is None]
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK], input=json.dumps(lines), text=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]])}, check=False,
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise UserError(f"{table.path}, with what --override says: {said}")
+
+
 def _overrides(given):
     """["epochs=1", "fast=true"] -> {"epochs": "1", "fast": True}."""
     found = {}
@@ -712,6 +736,9 @@ def main():
         raise UserError("--readme takes the whole table as it is: without --only and --override")
     jobs, missing = plan(table, args.seeds, choices)
     chosen = of_rows(jobs, rows)
+    if args.report and not choices.results.is_dir():
+        raise UserError(f"--report: no folder --results-dir {choices.results}")
+    check_trainings(table, chosen)
 
     if args.dry_run:
         show(chosen, {key: why for key, why in missing.items() if key[0] in rows})

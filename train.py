@@ -31,7 +31,8 @@ def parser():
     """Build the command line: the original's flags with its defaults, and ours."""
     p = utils.Parser(description=__doc__)
     group = p.add_argument_group("run")
-    group.add_argument("--exp-name", default="temp", help="folder of the run below --results-dir")
+    group.add_argument("--exp-name", type=utils.experiment, default="temp",
+                       help="folder of the run below --results-dir")
     group.add_argument("--results-dir", "--results_dir", default="./results",
                        help="where runs are written")
     group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,

@@ -174,7 +174,7 @@ def _convert(action, value):
 def _convert_one(action, value):
     if value is None or isinstance(value, (bool, dict, list)) or "\0" in str(value):
         raise ValueError(f"{_metavar(action)} is needed")
-    if action.type in (None, str) and not isinstance(value, str):
+    if action.type in (None, str, experiment) and not isinstance(value, str):
         raise ValueError("text is needed (quote it)")
     value = action.type(str(value)) if action.type else value
     if action.choices is not None and value not in action.choices:
@@ -255,6 +255,13 @@ def number(kind, low=-math.inf, high=None, above=None, below=None):
         return value
 
     return convert
+
+
+def experiment(text):
+    """An argparse type: the name of a folder or file below a results folder."""
+    if not text.strip() or Path(text).is_absolute() or ".." in Path(text).parts:
+        raise argparse.ArgumentTypeError(f"'{text}' is no name below the results folder")
+    return text
 
 
 MOST_CLASSES = 100_000

@@ -563,6 +563,8 @@ def test_there_is_no_rest_of_all_classes(evaluate, foreign):
      ("--lr 1e300", ["--lr", "1e300"]),
      ("--momentum 1", ["--momentum", "1", "below 1"]),
      ("--weight-decay 1e300", ["--weight-decay", "1e300"]),
+     ("--exp-name ../x", ["--exp-name", "'../x' is no name below"]),
+     ("--exp-name=", ["--exp-name", "'' is no name below"]),
      ("--epoch 3", ["--epoch 3"])],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -348,8 +348,8 @@ def text(**settings):
      ({"ood_far": None}, "has no array 'ood_NAME', only train, test"),
      ({"ood-near": features(3)}, "array 'ood-near' is not known; known are train, test"),
      ({"ood_near_labels": np.zeros(3, int)}, "array 'ood_near_labels' is not known"),
-     ({"test": features(4)[0]}, "its test features must be [N, D], not [5]"),
-     ({"train": features(4)[:0]}, "its train features must be [N, D], not [0, 5]"),
+     ({"test": features(4)[0]}, "its test features must be [N, D] with N and D above 0, not [5]"),
+     ({"train": features(4)[:0]}, "its train features must be [N, D] with N and D above 0, not"),
      ({"ood_far": features(9, 6)}, "its ood_far features have 6 dimensions, the training ones 5"),
      ({"test": features(4).astype(int)}, "test is int64; float16, float32 or float64 is needed"),
      ({"test": features(4).astype(complex)}, "test is complex128"),
@@ -416,7 +416,8 @@ def test_a_config_that_asks_for_a_network_does_not_go_with_features_either(refus
      ("--clusters 2 --training-mode SupCE", "the images of f have none"),
      ("--export . ", "--export . is a folder"),
      ("--export f.npz/x.npz", "--export f.npz cannot be written to"),
-     ("--export a --scores a", "--export and --scores are the same file, a")],
+     ("--export a --scores a", "--export and --scores are the same file, a"),
+     ("--export f.npz", "--export and --features are the same file, f.npz")],
 )
 def test_features_are_refused_where_they_cannot_do_what_is_asked(flags, words, refused, tmp_path):
     np.savez(tmp_path / "f.npz", **SETS)

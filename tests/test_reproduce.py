@@ -582,6 +582,9 @@ def test_a_wrong_table_is_refused_before_anything_runs(
         (["--override", "seed=3"], ["--override seed=3"]),
         (["--seeds", "0"], ["--seeds", "at least 1"]),
         (["--readme", "R.md", "--override", "epochs=1"], ["--readme", "--override"]),
+        (["--override", "nosuch=1"], ["--override says", "unrecognized arguments: --nosuch 1"]),
+        (["--override", "epochs=x", "--dry-run"], ["--override says", "--epochs: 'x' is not"]),
+        (["--report"], ["--report: no folder --results-dir out"]),
     ],
 )
 def test_a_wrong_argument_is_refused_before_anything_runs(

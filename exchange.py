@@ -224,12 +224,10 @@ def _arrays(path):
     if not Path(path).is_file():
         raise UserError(f"--features {path}: no such file")
     if not zipfile.is_zipfile(path):  # of a text file numpy would say that it is pickled
-        raise UserError(f"--features {path} cannot be read as an .npz file: it is no zip archive")
+        raise UserError(f"--features {path} cannot be read as an .npz file: it is no zip "
+                        "archive; np.savez makes one, np.save does not")
     try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it is a single array, np.savez makes what is needed")
-        with file:
+        with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if not k.startswith("scores_")}
     except MemoryError:
         raise

@@ -323,7 +323,7 @@ def corrupt(path):
      (lambda path: path.mkdir(), "no such file"),
      (lambda path: path.write_bytes(b""), "cannot be read as an .npz file"),
      (lambda path: path.write_text("features"), "cannot be read as an .npz file"),
-     (lambda path: np.save(path.open("wb"), SETS["train"]), "it is a single array"),
+     (lambda path: np.save(path.open("wb"), SETS["train"]), "it is no zip archive; np.savez"),
      (pickled, "cannot be read as an .npz file: Object arrays"),
      (no_array, "'notes.txt' in it is no array"),
      (cut_short, "cannot be read as an .npz file"),

@@ -241,12 +241,12 @@ def main(argv=None):
     log = runs.Log(run.folder, keep=at["log_bytes"])
     log.line(str(args))
     event = {"event": "resume", "epoch": at["epoch"] - warm, "step": at["step"]}
-    log.record(**(event if run.taken_up else {"event": "start"}),
+    log.record(**(event if saved else {"event": "start"}),
                command=shlex.join(["python", *sys.argv]), config=config, run=str(run.folder),
                device=str(device), versions=utils.versions())
     log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
              f"{args.dataset}; {device}; run folder {run.folder}")
-    if run.taken_up:
+    if saved:
         log.line(f"continued: {at['epoch']} of {warm + args.epochs} epochs are done, and "
                  f"{at['step']} of {steps} steps of the next")
 

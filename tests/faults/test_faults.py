@@ -184,56 +184,54 @@ def test_a_checkpoint_with_flipped_bytes_costs_the_same(half, unbroken, tmp_path
     record("checkpoint with a flipped byte", len(lost), f"at most {max(lost)}", "yes")
 
 
-def test_a_full_disk_costs_nothing_once_there_is_room(unbroken, tmp_path, tiny_npz):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)],
-                             check=False, capture_output=True, text=True)
+@pytest.fixture
+def disk(tmp_path, request):
+    """A file system of its own, in memory, of the size that the test gives."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(place)],
+        check=False, capture_output=True, text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        full = run(typed(tiny_npz), disk)  # room for one checkpoint, not for two
-        assert full.returncode == 1
-        assert "No space left on device" in full.stderr
-        assert "could not be written" in full.stderr.splitlines()[-1]
-        assert "Traceback" not in full.stderr
-        reached = steps_logged(disk)
-        subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-        last = run(typed(tiny_npz), disk)
-        assert last.returncode == 0, last.stderr
-        assert_equal(unbroken(), end_of(disk))
-        record("full disk, the same command after making room", 1, reached - resumed_at(disk),
-               "yes")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_full_to_the_last_byte_ends_no_run(unbroken, tmp_path, tiny_npz):
+@pytest.mark.parametrize("disk", ["150m"], indirect=True)  # room for one checkpoint, not for two
+def test_a_full_disk_costs_nothing_once_there_is_room(disk, unbroken, tiny_npz):
+    full = run(typed(tiny_npz), disk)
+    assert full.returncode == 1
+    assert "No space left on device" in full.stderr
+    assert "could not be written" in full.stderr.splitlines()[-1]
+    assert "Traceback" not in full.stderr
+    reached = steps_logged(disk)
+    subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+    last = run(typed(tiny_npz), disk)
+    assert last.returncode == 0, last.stderr
+    assert_equal(unbroken(), end_of(disk))
+    record("full disk, the same command after making room", 1, reached - resumed_at(disk), "yes")
+
+
+@pytest.mark.parametrize("disk", ["400m"], indirect=True)
+def test_a_disk_full_to_the_last_byte_ends_no_run(disk, unbroken, tiny_npz):
     """The logs cannot be written either; their lines come when there is room again."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(disk)],
-                             check=False, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        process = subprocess.Popen(typed(tiny_npz), cwd=disk, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
-        while steps_logged(disk) < 7:
-            assert process.poll() is None
-            time.sleep(0.05)
-        filler = disk / "filler"
-        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], check=False,
-                       capture_output=True)
-        time.sleep(2)
-        filler.unlink()
-        err = process.communicate(timeout=240)[1]
-        assert process.returncode == 0, err
-        assert "No space left on device); its lines wait" in err
-        assert_equal(unbroken(), end_of(disk))
-        record("disk full for two seconds", 1, 0, "yes")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    process = subprocess.Popen(typed(tiny_npz), cwd=disk, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    while steps_logged(disk) < 7:
+        assert process.poll() is None
+        time.sleep(0.05)
+    filler = disk / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], check=False,
+                   capture_output=True)
+    time.sleep(2)
+    filler.unlink()
+    err = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, err
+    assert "No space left on device); its lines wait" in err
+    assert_equal(unbroken(), end_of(disk))
+    record("disk full for two seconds", 1, 0, "yes")
 
 
 def test_a_clock_set_back_changes_nothing(half, unbroken, tmp_path, tiny_npz):

@@ -37,9 +37,9 @@ import utils
 from utils import RunError, UserError, number
 
 HERE = Path(__file__).resolve().parent
-# Settings of a training that decide no number, and those that this program gives itself
-UNCOUNTED = ("exp-name", "results-dir", "data-dir", "no-download", "print-freq", "save-freq",
-             "save-steps")
+# Settings of a training that decide no number (what --fast means is not resolved here, so it
+# counts), and those that this program gives itself
+UNCOUNTED = {key.replace("_", "-") for key in runs.UNCOUNTED} - {"fast"}
 GIVEN = ("config", "seed", "exp-name", "results-dir", "data-dir", "no-download", "no-resume")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 

@@ -249,6 +249,8 @@ def main(argv=None):
     if saved:
         log.line(f"continued: {at['epoch']} of {warm + args.epochs} epochs are done, and "
                  f"{at['step']} of {steps} steps of the next")
+    elif run.taken_up:
+        log.line("it was broken off before anything was saved, and begins again")
 
     # Epochs: those of the main part count from 0, as in the original; the warm-up's come before
     images = dict(size=args.size, mean=mean, std=std)

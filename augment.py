@@ -172,6 +172,11 @@ def to(draws, device):
     return type(draws)(*(_move(d, torch.device(device)) for d in draws))
 
 
+def take(draws, index):
+    """Return the draws of the images at an index: a slice, or int64 [n]."""
+    return type(draws)(*(d[index] for d in draws))
+
+
 def _move(tensor, device):
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -191,7 +196,7 @@ def _by_pieces(chain, pixels, draws, size, mean, std):
     out = torch.empty(len(pixels), 3, size, size)
     for start in range(0, len(pixels), piece):
         now = slice(start, start + piece)
-        out[now] = chain(pixels[now], type(draws)(*(d[now] for d in draws)), size, mean, std)
+        out[now] = chain(pixels[now], take(draws, now), size, mean, std)
     return out
 
 

@@ -31,15 +31,17 @@ class SupConLoss(nn.Module):
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.temperature = temperature
 
-    def forward(self, features, labels=None):
-        """Compute the loss of a batch.
+    def forward(self, features, labels=None, rows=slice(None)):
+        """Compute the loss of a batch, or one of the parts that it is the sum of.
 
         Args:
             features: float [B, V, D], V >= 2 views of each image, rows of unit length.
             labels: int64 [B], the classes (SupCon); None for SimCLR.
+            rows: slice of the B images, those whose views are the i of the sum. What the views of
+                the others say is in the parts of other processes.
 
         Returns:
-            float scalar.
+            float scalar, a sum over i divided by B*V.
 
         Raises:
             ValueError: features are not three-dimensional, have one view, or differ from labels.
@@ -54,9 +56,13 @@ class SupConLoss(nn.Module):
 
         z = features.transpose(0, 1).flatten(0, 1)  # [V*B, D], view after view
         y = labels.repeat(views)
-        similarity = z @ z.T / self.temperature  # [V*B, V*B]
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        positive = (y[:, None] == y[None, :]) & ~itself
+        a = torch.arange(len(z), device=z.device)
+        i = a.view(views, images)[:, rows].flatten()  # [n]
+        z_i = z.view(views, images, -1)[:, rows].flatten(0, 1)  # [n, D]
+        similarity = z_i @ z.T / self.temperature  # [n, V*B]
+        itself = i[:, None] == a
+        positive = (y[i, None] == y) & ~itself
         log_sum = similarity.masked_fill(itself, -torch.inf).logsumexp(dim=1)
         attraction = (similarity * positive).sum(dim=1) / positive.sum(dim=1)
-        return (self.temperature / BASE_TEMPERATURE) * (log_sum - attraction).mean()
+        part = (log_sum - attraction).sum() / len(z)
+        return (self.temperature / BASE_TEMPERATURE) * part

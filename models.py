@@ -140,8 +140,9 @@ class SSLResNet(nn.Module):
         )
 
     def forward(self, x):
+        z = self.head(self.encoder(x))
         # float32 under autocast too: unit length in bfloat16 is good to 1 in 256
-        return F.normalize(self.head(self.encoder(x)).float(), dim=-1)
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
 
 
 class SupResNet(nn.Module):

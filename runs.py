@@ -132,7 +132,8 @@ def _changed(before, settings):
     """Keys of the configuration that count and differ."""
     old, new = before["config"], settings["config"]
     keys = [*new, *(k for k in old if k not in new)]
-    return [k for k in keys if k not in UNCOUNTED and old.get(k, ...) != new.get(k, ...)]
+    # A setting that there was not yet, when the run was started, was off
+    return [k for k in keys if k not in UNCOUNTED and (old.get(k) or None) != (new.get(k) or None)]
 
 
 def _say_what_changed(known, settings):
@@ -420,6 +421,22 @@ class Log:
             self._noted.discard(path)
 
 
+class NoLog:
+    """The logs of a process that has none: rank 0 writes those of the run."""
+
+    size = 0
+
+    def line(self, text):
+        """Write nothing."""
+
+    def record(self, **fields):
+        """Write nothing."""
+
+    def sync(self):
+        """Have nothing to write."""
+        return True
+
+
 class Checkpoints:
     """The checkpoints of a run: written whole, the one before kept, failed writes tried again.
 
@@ -525,10 +542,10 @@ class Stop:
     """Whether a signal asked the program to end.
 
     Attributes:
-        signal: its name, None as long as there was none.
+        number: of the signal, 0 as long as there was none.
     """
 
-    signal = None
+    number = 0
 
 
 @contextlib.contextmanager
@@ -540,7 +557,7 @@ def stop_on_signals():
     stop = Stop()
 
     def ask(number, frame):
-        stop.signal = signal.Signals(number).name
+        stop.number = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 

@@ -7,12 +7,15 @@
 The first is the paper's recipe (ResNet-50, 510 epochs); the second trains for minutes on a CPU.
 Writes RESULTS/EXP/N--dataset-D-arch-A-lr-L_epochs-E/ with setup.log, log.jsonl and checkpoint/.
 The same command continues a run that was broken off, and ends with the weights of an unbroken one.
+All visible GPUs are used; several machines by torchrun or slurm/train_nodes.sbatch.
 """
 
 import argparse
 import math
 import os
+import platform
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +23,7 @@ from pathlib import Path
 import torch
 
 import data
+import distributed
 import models
 import runs
 import trainers
@@ -77,7 +81,8 @@ def parser():
     group = p.add_argument_group("optimisation")
     group.add_argument("--epochs", type=number(int, 1), default=500,
                        help="passes over the images, warm-up not counted")
-    group.add_argument("--batch-size", type=number(int, 1), default=512, help="images a step")
+    group.add_argument("--batch-size", type=number(int, 1), default=512,
+                       help="images a step, of all processes together")
     group.add_argument("--lr", type=number(float, above=0, high=1e30), default=0.5,
                        help="learning rate at the start of the cosine")
     group.add_argument("--momentum", type=number(float, 0, below=1), default=0.9,
@@ -92,6 +97,9 @@ def parser():
                        "whatever --momentum says, as the original does (default: on)")
     group.add_argument("--temperature", type=number(float, above=0), default=0.5,
                        help="T of the contrastive loss")
+    group.add_argument("--sync-bn", action="store_true",
+                       help="take the statistics of batch norm over the batch of all processes "
+                       "(default: each over its share, as the original does)")
 
     group = p.add_argument_group("speed", "all off by default: plain float32")
     group.add_argument("--precision", choices=["fp32", "bf16"],
@@ -122,15 +130,21 @@ def _choose_speed(args, device):
     return chosen
 
 
-def _check_batches(n, batch_size, size, mode):
-    """Stop if a batch would be too small for the loss or for batch norm."""
+def _check_batches(n, batch_size, size, mode, sync_bn):
+    """Stop if a batch would be too small for the processes, the loss or batch norm."""
+    world = distributed.world()
+    if min(n, batch_size) < world:
+        raise UserError(f"--batch-size {batch_size} with {n} training images: {world} processes "
+                        "need at least an image each a step")
     if mode.contrastive and min(n, batch_size) < 2:
         raise UserError(f"--batch-size {batch_size} with {n} training images: a contrastive loss "
                         "needs at least 2 images a step")
     last = n % batch_size or batch_size
-    if not mode.contrastive and size == 8 and last == 1:
-        raise UserError(f"--batch-size {batch_size} leaves a last step of 1 image of {n}, too few "
-                        "for batch norm at --size 8; choose another")
+    least = last if sync_bn else min(batch_size, last) // world
+    if not mode.contrastive and size == 8 and least <= 1:
+        whose = f" for one of {world} processes" if world > 1 else ""
+        raise UserError(f"--batch-size {batch_size} leaves a step of 1 image of {n}{whose}, too "
+                        "few for batch norm at --size 8; choose another")
 
 
 def _note_what_differs(path, config, **settings):
@@ -139,6 +153,22 @@ def _note_what_differs(path, config, **settings):
         before = config.get(key, value) if isinstance(config, dict) else value
         if str(before).partition(":")[0] != str(value).partition(":")[0]:
             utils.note(f"--ckpt {path} was trained with {key} {before}, this is {key} {value}")
+
+
+def _compare(settings):
+    """Stop if the processes were not started with the same settings, a flat dict."""
+    for other, there in enumerate(distributed.everyones(settings)):
+        for key, here in settings.items():
+            if there[key] != here:
+                raise UserError(f"{key} is {here} in process {distributed.rank()}, on "
+                                f"{platform.node()}, and {there[key]} in process {other}; all have "
+                                "to be started with the same command and images")
+
+
+def _shown(device):
+    """The devices that compute, in words."""
+    world = distributed.world()
+    return f"{device} in each of {world} processes" if world > 1 else str(device)
 
 
 def _watch(network, test, mode, loss, batch_size, images):
@@ -154,6 +184,8 @@ def _watch(network, test, mode, loss, batch_size, images):
 
 def main(argv=None):
     args = utils.parse_args(parser(), argv)
+    distributed.start()
+    lead = distributed.is_lead()  # the one process that writes
     mode = trainers.MODES[args.training_mode]
     for flag in ("method", "gpu"):
         if getattr(args, flag) is not None:
@@ -163,8 +195,6 @@ def main(argv=None):
     device = utils.device()
     speed_settings = _choose_speed(args, device)
     vars(args).update(speed_settings)
-    if torch.cuda.device_count() > 1:
-        utils.note(f"the first of {torch.cuda.device_count()} visible GPUs is used")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True)
@@ -172,9 +202,10 @@ def main(argv=None):
 
     # Images: the whole set on the device, as uint8
     where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download)
-    train = data.load(args.dataset, "train", crops=True, **where)
-    has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
-    test = data.load(args.dataset, "test", **where) if has_test else None
+    with distributed.first_on_machine():  # which may have to download
+        train = data.load(args.dataset, "train", crops=True, **where)
+        has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
+        test = data.load(args.dataset, "test", **where) if has_test else None
     if args.in_classes:
         train = data.restrict(train, args.in_classes)
         test = data.restrict(test, args.in_classes) if has_test else None
@@ -185,7 +216,7 @@ def main(argv=None):
     num_classes = args.num_classes or classes
     if args.training_mode == "SupCE" and num_classes < classes:
         raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
-    _check_batches(len(train), args.batch_size, args.size, mode)
+    _check_batches(len(train), args.batch_size, args.size, mode, args.sync_bn)
     mean, std = data.normalisation(args.dataset, train) if args.normalize else (None, None)
     hashes = {split: images and data.fingerprint(images.pixels, images.labels)
               for split, images in (("train", train), ("test", test))}
@@ -206,6 +237,8 @@ def main(argv=None):
                            dataset=args.dataset)
     layout = torch.channels_last if args.channels_last else torch.preserve_format
     network.to(device, memory_format=layout)
+    if args.sync_bn:
+        network = distributed.sync_batch_norm(network)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
         fused=device.type == "cuda",
@@ -219,46 +252,55 @@ def main(argv=None):
         "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
         "dataset": data.absolute(args.dataset),
     }
+    places = ("config", "data_dir", "results_dir")  # may be others on another machine
+    _compare({f"--{key.replace('_', '-')}": config[key] for key in config if key not in places}
+             | {f"the sha256 of the {split} images": digest for split, digest in hashes.items()}
+             | {"the version of torch": torch.__version__})
     again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # a requeued job, typed once
     if args.no_resume and again:
         utils.note("--no-resume does not count at a restart by Slurm: the run is continued")
-    run = runs.open_run(args.results_dir, args.exp_name, label, config, hashes,
-                        resume=again or not args.no_resume)
-    checkpoints = runs.Checkpoints(run.folder / "checkpoint")
-    saved = checkpoints.newest()
+    run = checkpoints = found = None
+    if lead:
+        run = runs.open_run(args.results_dir, args.exp_name, label, config, hashes,
+                            resume=again or not args.no_resume)
+        checkpoints = runs.Checkpoints(run.folder / "checkpoint")
+        found = run.folder, run.taken_up, checkpoints.newest()
+    folder, taken_up, saved = distributed.from_lead(found)
     at = {"epoch": 0, "step": 0, "losses": None, "best": -math.inf, "log_bytes": 0}
     if saved:
         network.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         at = saved["progress"]
-        if at["device"] != device.type:
-            utils.note(f"the run was trained on {at['device']} so far and goes on with "
-                       f"{device.type}")
+        for key, now in (("device", device.type), ("processes", distributed.world())):
+            if at.get(key, now) != now:
+                utils.note(f"the run was trained with {key} {at[key]} so far and goes on with "
+                           f"{now}")
 
     # Logs; what they say of later steps goes, since those are made again
     steps = math.ceil(len(train) / args.batch_size)
     warm = trainers.WARMUP_EPOCHS if args.warmup else 0
-    log = runs.Log(run.folder, keep=at["log_bytes"])
+    log = runs.Log(folder, keep=at["log_bytes"]) if lead else runs.NoLog()
     log.line(str(args))
     event = {"event": "resume", "epoch": at["epoch"] - warm, "step": at["step"]}
     log.record(**(event if saved else {"event": "start"}),
-               command=shlex.join(["python", *sys.argv]), config=config, run=str(run.folder),
-               device=str(device), versions=utils.versions())
+               command=shlex.join(["python", *sys.argv]), config=config, run=str(folder),
+               device=str(device), processes=distributed.world(), versions=utils.versions())
     log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
-             f"{args.dataset}; {device}; run folder {run.folder}")
+             f"{args.dataset}; {_shown(device)}; run folder {folder}")
     if saved:
         log.line(f"continued: {at['epoch']} of {warm + args.epochs} epochs are done, and "
                  f"{at['step']} of {steps} steps of the next")
-    elif run.taken_up:
+    elif taken_up:
         log.line("it was broken off before anything was saved, and begins again")
 
     # Epochs: those of the main part count from 0, as in the original; the warm-up's come before
     images = dict(size=args.size, mean=mean, std=std)
     train_step = trainers.Step(
         network, optimizer, train, mode, temperature=args.temperature, seed=args.seed,
-        **speed_settings, **images,
+        sync_bn=args.sync_bn, **speed_settings, **images,
     )
     best = at["best"]
+    agreement = distributed.Agreement()
 
     def rates(epoch, step):
         return trainers.schedule(
@@ -277,6 +319,8 @@ def main(argv=None):
             where = f"step {step} of epoch {epoch}" if step else f"epoch {epoch - 1}"
             raise utils.RunError(f"weights are not finite after {where}; stopped, the checkpoints "
                                  "of earlier steps are untouched")
+        if not lead:
+            return
         run.claim.check()
         written = log.sync()
         checkpoints.save({
@@ -289,25 +333,28 @@ def main(argv=None):
             "progress": {  # from which the run goes on; its epochs count the warm-up
                 "epoch": warm + epoch, "step": step, "best": best, "log_bytes": log.size,
                 "losses": None if losses is None else losses.cpu().clone(),
-                "device": device.type,
+                "device": device.type, "processes": distributed.world(),
             },
         }, names, hold=not written)
 
     def after_step(epoch, step, losses):
+        asked = agreement.hear(stop.number)
         due = args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < steps
-        if due or stop.signal:
+        if due or asked:
+            losses = distributed.total(losses)
             trainers.stop_if_not_finite(losses, epoch, rates)
             save(epoch, step + 1, losses)
-            end_if_asked(f"epoch {epoch}, step {step + 1} of {steps}")
+        if asked:
+            end(asked, f"epoch {epoch}, step {step + 1} of {steps}")
 
-    def end_if_asked(where):
-        if stop.signal and not checkpoints.missing:
-            log.line(f"stopped by {stop.signal} after {where}; saved, the same command continues")
-            raise utils.Stopped(f"stopped by {stop.signal}; the same command continues {run.folder}"
-                                f" after {where}")
-        if stop.signal:
-            raise utils.RunError(f"stopped by {stop.signal}, and {checkpoints.missing[-1]} could "
-                                 "not be written; the same command continues from the one before")
+    def end(number, where):
+        name, missing = signal.Signals(number).name, checkpoints and checkpoints.missing
+        missing = distributed.from_lead(missing)  # and nobody ends before rank 0 has saved
+        if missing:
+            raise utils.RunError(f"stopped by {name}, and {missing[-1]} could not be written; the "
+                                 "same command continues from the one before")
+        log.line(f"stopped by {name} after {where}; saved, the same command continues")
+        raise utils.Stopped(f"stopped by {name}; the same command continues {folder} after {where}")
 
     with runs.stop_on_signals() as stop:
         for epoch in range(at["epoch"] - warm, args.epochs):
@@ -325,8 +372,9 @@ def main(argv=None):
             watched_from = time.perf_counter()
             score, monitor_name = None, "none in this epoch"
             if epoch >= 0 and ((epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs):
-                score, monitor_name = _watch(network, test, mode, loss, args.batch_size,
-                                             images | {"precision": args.precision})
+                found = lead and _watch(network, test, mode, loss, args.batch_size,
+                                        images | {"precision": args.precision})
+                score, monitor_name = distributed.from_lead(found)
             is_best = score is not None and score > best
             best = score if is_best else best
             log.record(event="epoch", epoch=epoch, loss=loss, monitor=score,
@@ -344,16 +392,19 @@ def main(argv=None):
             if epoch >= 0 and (epoch + 1) % args.save_freq == 0:
                 names.append(f"checkpoint_{epoch + 1}.pth.tar")
             save(epoch + 1, 0, names=names)
-            if epoch + 1 < args.epochs:
-                end_if_asked(f"epoch {epoch}")
+            asked = agreement.now(stop.number)
+            if asked and epoch + 1 < args.epochs:
+                end(asked, f"epoch {epoch}")
+    if not lead:
+        return
     if checkpoints.missing:
         raise utils.RunError(f"trained to the end, but {', '.join(checkpoints.missing)} could not "
                              "be written; the same command trains again from the one before")
     log.record(event="end", epochs=args.epochs, warmup_epochs=warm)
     if not log.sync():
-        raise utils.RunError(f"trained to the end, but {run.folder / 'log.jsonl'} could not be "
+        raise utils.RunError(f"trained to the end, but {folder / 'log.jsonl'} could not be "
                              "written; the same command writes it")
-    log.line(f"done: {run.folder / 'checkpoint' / 'checkpoint.pth.tar'}")
+    log.line(f"done: {folder / 'checkpoint' / 'checkpoint.pth.tar'}")
 
 
 if __name__ == "__main__":

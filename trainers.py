@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import augment
 import data
+import distributed
 import features
 import utils
 from losses import SupConLoss
@@ -72,6 +73,11 @@ class Step:
 
     Neither it nor anything it calls waits for the device: a GPU is never idle because of it.
 
+    Of several processes each makes the views of its share of the batch and sees to the i of them in
+    the loss, over all other views of the whole batch: the parts, and their gradients, add up to
+    those of one process. But for batch norm: without `sync_bn` its statistics are of the share, as
+    in the original.
+
     Args:
         network: what models.build_model returned, on its device. Changed by every call.
         optimizer: torch.optim.SGD of its parameters. Changed by every call.
@@ -84,11 +90,12 @@ class Step:
         channels_last: lay images out as the network's weights are, channels innermost.
         compile: let torch.compile make kernels of network and augmentation, for the two shapes
             there are: that of a batch, and of the partial last one.
+        sync_bn: whether `network` went through distributed.sync_batch_norm.
     """
 
     def __init__(
         self, network, optimizer, images, mode, *, size, mean=None, std=None, temperature=0.5,
-        seed=0, precision="fp32", channels_last=False, compile=False,
+        seed=0, precision="fp32", channels_last=False, compile=False, sync_bn=False,
     ):
         self.network, self.optimizer, self.images, self.mode = network, optimizer, images, mode
         self._criterion = SupConLoss(temperature) if mode.contrastive else None
@@ -97,7 +104,9 @@ class Step:
             v if v is None else torch.tensor(v, device=self._device) for v in (mean, std)
         )
         self._precision, self._channels_last = precision, channels_last
-        self._forward, self._apply = network, AUGMENTATIONS[mode.augmentation]
+        self._empty_share = sync_bn  # whether the network takes a batch of no images
+        self._forward = distributed.parallel(network)
+        self._apply = AUGMENTATIONS[mode.augmentation]
         if compile:
             self._forward = torch.compile(self._forward, dynamic=False)
             self._apply = torch.compile(self._apply, dynamic=False)
@@ -106,42 +115,60 @@ class Step:
         """Train on a batch.
 
         Args:
-            index: int64 [B] on the device, which images.
+            index: int64 [B] on the device, which images, of the batch of all processes.
             epoch, step: the place in the run, of which the draws are a function.
             lr, momentum: of the update.
 
         Returns:
-            float scalar on the device, the loss before the update.
+            float scalar on the device, the loss before the update; of several processes the part of
+            this one, and the sum of all is the loss.
         """
         for group in self.optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
-        x = self.views(self.images.pixels[index], epoch, step)
+        mine = distributed.share(len(index))
+        images = mine.stop - mine.start
+        # Where a process has none, an image stands in: its views are computed and do not count
+        seen = mine if images or self._empty_share else slice(0, 1)
+        x = self.views(self.images.pixels[index[seen]], epoch, step, seen, len(index))
         with utils.autocast(self._device, self._precision):
-            out = self._forward(x)  # [views * B, 128 or classes]
-        out = out.float()
-        labels = self.images.labels[index] if self.mode.labels else None
-        if self.mode.contrastive:
-            by_image = out.unflatten(0, (self.mode.views, len(index))).transpose(0, 1)
-            loss = self._criterion(by_image, labels)
-        else:
-            loss = F.cross_entropy(out, labels)
+            out = self._forward(x)  # [views * b, 128 or classes]
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        out = out.unflatten(0, (self.mode.views, seen.stop - seen.start))[:, :images]
+        loss = self._loss(out, index, mine)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * distributed.world()).backward()  # the mean over processes is then the sum of parts
         self.optimizer.step()
         return loss.detach()
 
-    def views(self, pixels, epoch, step):
-        """Make the augmented views of a batch [B, 3, H, W]: float32 [views * B, 3, S, S].
+    def _loss(self, out, index, mine):
+        """The part of the loss that the outputs [views, b, ...] of this process see to."""
+        labels = self.images.labels[index] if self.mode.labels else None
+        if self.mode.contrastive:
+            z = distributed.gather(out.transpose(0, 1), len(index))  # [B, views, 128]
+            return self._criterion(z, labels, mine)
+        return F.cross_entropy(out[0], labels[mine], reduction="sum") / len(index)
 
-        The draws are a function of seed, epoch, step and the position in the batch.
+    def views(self, pixels, epoch, step, rows=None, batch=None):
+        """Make the augmented views of images [b, 3, H, W]: float32 [views * b, 3, S, S].
+
+        Args:
+            pixels: uint8, on the device.
+            epoch, step: the place in the run; with seed and the position in the batch they decide
+                the draws.
+            rows: slice of the batch that the images are; None is all of it.
+            batch: images of the batch; None is as many as there are.
         """
+        batch = len(pixels) if batch is None else batch
         generator = utils.generator(self._seed, "augment", epoch, step)
-        pixels = pixels.repeat(self.mode.views, 1, 1, 1)
+        count = self.mode.views * batch
         if self.mode.augmentation == "ssl":
-            draws = augment.draw_ssl(len(pixels), *pixels.shape[2:], generator)
+            draws = augment.draw_ssl(count, *pixels.shape[2:], generator)
         else:
-            draws = augment.draw_org(len(pixels), generator)
+            draws = augment.draw_org(count, generator)
+        if rows is not None and len(pixels) < batch:
+            draws = augment.take(draws, torch.arange(count).view(-1, batch)[:, rows].flatten())
         draws = augment.to(draws, self._device)
+        pixels = pixels.repeat(self.mode.views, 1, 1, 1)
         x = self._apply(pixels, draws, self._size, self._mean, self._std)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
@@ -176,8 +203,12 @@ def train_epoch(
         batch_size: images a step; the last step takes what is left.
         print_freq: steps between two reports; the host waits for the device only then.
         report: function (epoch, step, loss, views per second) called at them.
-        after_step: function (epoch, step, losses so far) called after each step.
-        first, losses: where an epoch was broken off: the steps that are done, and their losses.
+        after_step: function (epoch, step, losses so far) called after each step; of several
+            processes each has its parts of the losses.
+        first, losses: where an epoch was broken off: the steps that are done, and their losses,
+            which rank 0 goes on with.
+
+    All processes call it with the same arguments.
 
     Returns:
         (mean loss of the epoch, views per second).
@@ -190,24 +221,26 @@ def train_epoch(
     device = images.labels.device
     batches = data.epoch_order(len(images), seed, draws).to(device).split(batch_size)
     every = torch.zeros(len(batches), device=device)
-    if losses is not None:
+    if losses is not None and distributed.is_lead():
         every[:first] = losses.to(device)
     seen, began = 0, time.perf_counter()
     left = range(first, len(batches))
-    with tqdm(left, desc=f"epoch {epoch}", leave=False, disable=None,
-              initial=first, total=len(batches)) as bar:
+    with tqdm(left, desc=f"epoch {epoch}", leave=False, initial=first, total=len(batches),
+              disable=None if distributed.is_lead() else True) as bar:
         for step in bar:
             every[step] = train_step(batches[step], draws, step, *rates(epoch, step))
             seen += views * len(batches[step])
             if (step + 1) % print_freq == 0 or step + 1 == len(batches):
-                stop_if_not_finite(every[: step + 1], epoch, rates)
+                whole = distributed.total(every[: step + 1])
+                stop_if_not_finite(whole, epoch, rates)
                 speed = seen / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {every[step]:.4f} {speed:.0f} views/s")
-                report(epoch, step, float(every[step]), speed)
+                bar.set_postfix_str(f"loss {whole[step]:.4f} {speed:.0f} views/s")
+                report(epoch, step, float(whole[step]), speed)
             if after_step is not None:
                 after_step(epoch, step, every[: step + 1])
     sizes = torch.tensor([len(b) for b in batches], device=device)
-    return float((every * sizes).sum() / sizes.sum()), seen / (time.perf_counter() - began)
+    mean = float((distributed.total(every) * sizes).sum() / sizes.sum())
+    return mean, seen / (time.perf_counter() - began)
 
 
 def is_finite(network):

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
+
 
 class UserError(Exception):
     """Bad input: the message names the flag or file, what was found, and what is allowed."""
@@ -46,7 +48,8 @@ def program(main, bad_input=()):
         bad_input: types of exceptions that mean the same as UserError.
 
     Exit status: 2 bad input, 1 a failure while running, 75 stopped by a signal with the state
-    saved, 130 interrupted; an error that nobody foresaw keeps its traceback.
+    saved, 130 interrupted; an error that nobody foresaw keeps its traceback. Of several processes
+    one speaks: the first to fail.
     """
     for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
         stream.reconfigure(errors="surrogateescape")
@@ -54,8 +57,10 @@ def program(main, bad_input=()):
         main()
     except (UserError, *bad_input) as error:
         _die(error, 2)
-    except (RunError, OSError) as error:
-        _die(error, 1)
+    except distributed.Ended as error:
+        sys.exit(error.status)
+    except distributed.LaunchError as error:
+        _die(error, error.status)
     except Stopped as error:
         note(error)
         sys.exit(STOPPED)
@@ -63,24 +68,36 @@ def program(main, bad_input=()):
         _die(f"out of GPU memory: {str(error).splitlines()[0]} A smaller --batch-size helps.", 1)
     except MemoryError:
         _die("out of memory; a smaller --batch-size or --size helps", 1)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            _die("out of memory; a smaller --batch-size or --size helps", 1)
+        if distributed.is_loss(error):
+            distributed.wait_for_the_end()
+            _die("lost the other processes", 1)
+        if isinstance(error, (OSError, RunError)):
+            _die(error, 1)
+        if distributed.speaks():
             raise
-        _die("out of memory; a smaller --batch-size or --size helps", 1)
+        sys.exit(1)
     except KeyboardInterrupt:
         _die("interrupted", 130)
+    finally:
+        distributed.leave()
 
 
 def _die(message, status):
     text = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+    if distributed.speaks():
+        whose = distributed.who() if status == 1 else ""
+        print(f"{Path(sys.argv[0]).name}: error: {whose}{text}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def note(text):
-    """Say one line on stderr that is no error."""
-    with contextlib.suppress(OSError):  # stderr may be a file on a full disk
-        print(f"{Path(sys.argv[0]).name}: note: {text}", file=sys.stderr, flush=True)
+    """Say one line on stderr that is no error; of several processes, rank 0 says it."""
+    if distributed.is_lead():
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+            print(f"{Path(sys.argv[0]).name}: note: {text}", file=sys.stderr, flush=True)
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -99,6 +116,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         _die(message, 2)
+
+    def print_help(self, file=None):
+        if distributed.is_lead():
+            super().print_help(file)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

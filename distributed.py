@@ -213,7 +213,9 @@ def _children():
 
 def _why(failures, sent):
     """The exception that says how processes ended, from those that ended first."""
-    first = min(failures.values(), key=lambda f: (f.exitcode < 0, f.local_rank))
+    # What the launcher ended itself, with SIGTERM, may be among them
+    first = min(failures.values(),
+                key=lambda f: (f.exitcode == -signal.SIGTERM, f.exitcode < 0, f.local_rank))
     if first.exitcode > 0:  # it has said why
         return Ended(first.exitcode)
     if -first.exitcode in sent:

@@ -314,6 +314,16 @@ def total(x):
     return x
 
 
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return total(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return total(gradient)
+
+
 def from_lead(content):
     """Return what rank 0 was called with, any object that can be pickled; all have to call it."""
     box = [content]
@@ -418,9 +428,9 @@ def sync_batch_norm(network):
     for parent in list(network.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.BatchNorm2d):
-                synced = _SyncBatchNorm(layer.num_features)
-                synced.load_state_dict(layer.state_dict())
-                setattr(parent, name, synced)
+                synced = _SyncBatchNorm(layer.num_features, layer.eps, layer.momentum)
+                synced.to(layer.weight).load_state_dict(layer.state_dict())
+                setattr(parent, name, synced.train(layer.training))
     return network
 
 
@@ -430,12 +440,10 @@ class _SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or world() == 1:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # differentiable
-
         n = int(total(torch.tensor(x.numel() // x.shape[1])))
-        mean = all_reduce(x.sum(dim=(0, 2, 3))) / n
+        mean = _Total.apply(x.sum(dim=(0, 2, 3))) / n
         centred = x - mean.view(1, -1, 1, 1)
-        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / n
+        variance = _Total.apply(centred.square().sum(dim=(0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

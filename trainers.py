@@ -5,6 +5,7 @@
     accuracy = knn_accuracy(outputs, labels)
 """
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -122,9 +123,25 @@ class Step:
         Returns:
             float scalar on the device, the loss before the update; of several processes the part of
             this one, and the sum of all is the loss.
+
+        Raises:
+            utils.RunError: out of GPU memory; says how many images a step would fit.
         """
         for group in self.optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
+        try:
+            loss = self._backward(index, epoch, step)
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        else:
+            self.optimizer.step()
+            return loss
+        fits = self._what_fits(index)  # after the exception, which holds what the step had made
+        raise utils.RunError(f"out of GPU memory in a step of {len(index)} images ({reason}); "
+                             f"{f'--batch-size {fits} fits' if fits else 'one image does not fit'}")
+
+    def _backward(self, index, epoch, step):
+        """The loss of a batch, its gradients left in the parameters."""
         mine = distributed.share(len(index))
         images = mine.stop - mine.start
         # Where a process has none, an image stands in: its views are computed and do not count
@@ -137,8 +154,22 @@ class Step:
         loss = self._loss(out, index, mine)
         self.optimizer.zero_grad(set_to_none=True)
         (loss * distributed.world()).backward()  # the mean over processes is then the sum of parts
-        self.optimizer.step()
         return loss.detach()
+
+    def _what_fits(self, index):
+        """The largest half, quarter, ... of a batch whose step this process has the memory for."""
+        mine = distributed.share(len(index))
+        images = mine.stop - mine.start
+        while images := images // 2:
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                x = self.views(self.images.pixels[index[:images]], 0, 0)
+                with utils.autocast(self._device, self._precision):
+                    out = self.network(x)
+                out.float().square().sum().backward()
+                return images * distributed.world()
+        return 0
 
     def _loss(self, out, index, mine):
         """The part of the loss that the outputs [views, b, ...] of this process see to."""

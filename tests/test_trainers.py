@@ -131,6 +131,25 @@ def train(name, images, seed=7, epochs=2, settings=None, **changes):
     return step.network, losses, reports
 
 
+@pytest.mark.parametrize(("room", "message"), [(5, "--batch-size 4 fits"),
+                                               (0, "one image does not fit")])
+def test_a_gpu_that_is_too_small_is_answered_with_the_batch_that_fits(monkeypatch, room, message):
+    step = make_step("SimCLR", tiny_images())
+    encoder = step.network.encoder.forward
+
+    def small(x):
+        if len(x) > 2 * room:  # views
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return encoder(x)
+
+    monkeypatch.setattr(step.network.encoder, "forward", small)
+    before = copy.deepcopy(step.network.state_dict())
+    with pytest.raises(utils.RunError, match=f"a step of 9 images .*Tried to allocate.*{message}"):
+        step(torch.arange(9), 0, 0, 0.1, 0.9)
+    weights = dict(step.network.named_parameters())
+    assert all(torch.equal(weights[name], before[name]) for name in weights)
+
+
 def assert_equal_states(first, second):
     for (key, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), key

@@ -1,0 +1,135 @@
+"""What test_distributed.py compares between 1, 2 and 3 processes; each of them runs this file.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks.py FOLDER
+
+Rank 0 writes FOLDER/WORLD.pt: {case: {name: tensor}}, all in double precision. The images of a step
+do not divide by 2 or 3, and the last step has 2 images, so that one of three processes has none.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import distributed
+import losses
+import models
+import trainers
+
+IMAGES, BATCH, CLASSES = 22, 10, 3
+STEPS, EPOCHS = 3, 2
+BROKEN_AT = (1, 1)  # epoch and step after which two processes stop and three go on
+
+
+class Network(nn.Module):
+    """A ResNet in double precision: "plain" without batch norm, "frozen", or "synced"."""
+
+    def __init__(self, mode, norm):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            encoder = models.ResNet(models.BasicBlock, (1, 1, 1, 1))
+            network = (models.SupResNet(encoder, CLASSES) if mode == "SupCE"
+                       else models.SSLResNet(encoder))
+        self.network, self.frozen = network.double(), norm == "frozen"
+        if norm == "plain":
+            for parent in list(network.modules()):
+                for name, layer in parent.named_children():
+                    if isinstance(layer, nn.BatchNorm2d):
+                        setattr(parent, name, nn.Identity())
+        if norm == "synced":
+            distributed.sync_batch_norm(network)
+
+    def forward(self, x):
+        return self.network(x.double())
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)
+
+
+class Broken(Exception):
+    pass
+
+
+def images():
+    """Random images of 8 pixels in three classes."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (IMAGES, 3, 8, 8), generator=generator).to(torch.uint8)
+    names = tuple(str(c) for c in range(CLASSES))
+    return data.ImageSet("random", pixels, torch.arange(IMAGES) % CLASSES, names)
+
+
+def train(mode, norm, state=None, broken=False):
+    """Train for two epochs, or for a part of them: {name: tensor}."""
+    network = Network(mode, norm)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    at = {"epoch": 0, "first": 0, "losses": None}
+    if state:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        at = state["at"]
+    step = trainers.Step(network, optimizer, images(), trainers.MODES[mode], size=8, seed=7,
+                         mean=[0.5] * 3, std=[0.2] * 3, sync_bn=norm == "synced")
+    reported, means, left = [], [], {}
+
+    def after_step(epoch, number, so_far):
+        if broken and (epoch, number + 1) == BROKEN_AT:
+            left["losses"] = distributed.total(so_far)
+            raise Broken
+
+    try:
+        for epoch in range(at["epoch"], EPOCHS):
+            here = state is not None and epoch == at["epoch"]
+            means.append(trainers.train_epoch(
+                step, epoch=epoch, draws=epoch, rates=lambda e, s: (0.02, 0.9), batch_size=BATCH,
+                seed=7, print_freq=1, report=lambda e, s, loss, speed: reported.append(loss),
+                after_step=after_step, first=at["first"] if here else 0,
+                losses=at["losses"] if here else None)[0])
+    except Broken:
+        left |= {"epoch": BROKEN_AT[0], "first": BROKEN_AT[1]}
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "at": left}
+    return {"losses": torch.tensor(reported, dtype=torch.float64),
+            "means": torch.tensor(means, dtype=torch.float64), **network.network.state_dict()}
+
+
+def contrast(n, labels):
+    """Loss and gradient of n images, each process with its share: {name: tensor}."""
+    generator = torch.Generator().manual_seed(n)
+    whole = torch.randn(n, 2, 16, dtype=torch.float64, generator=generator)
+    mine = distributed.share(n)
+    z = whole[mine].requires_grad_()
+    every = distributed.gather(F.normalize(z, dim=2), n)
+    y = torch.arange(n) % 3 if labels else None
+    part = losses.SupConLoss(0.5)(every, y, mine)
+    part.backward()
+    return {"loss": distributed.total(part.detach()), "gradient": distributed.gather(z.grad, n)}
+
+
+def main(folder):
+    distributed.start()
+    world = distributed.world()
+    results = {f"contrast of {n}, {'SupCon' if labels else 'SimCLR'}": contrast(n, labels)
+               for n in (2, 11) for labels in (False, True)}
+    for mode, norm in (("SimCLR", "plain"), ("SimCLR", "frozen"), ("SupCon", "plain"),
+                       ("SupCon", "frozen"), ("SupCE", "plain"), ("SimCLR", "synced"),
+                       ("SupCE", "synced")):
+        results[f"{mode}, {norm}"] = train(mode, norm)
+    if world == 2:
+        state = train("SimCLR", "frozen", broken=True)
+        if distributed.is_lead():
+            torch.save(state, folder / "broken.pt")
+    if world == 3:
+        state = torch.load(folder / "broken.pt", weights_only=True)
+        results["SimCLR, frozen, resumed"] = train("SimCLR", "frozen", state)
+    if distributed.is_lead():
+        torch.save(results, folder / f"{world}.pt")
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -9,6 +9,7 @@ they tell each other. All of this works, and costs nothing, in a single process 
 """
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import inspect
@@ -30,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 PATIENCE = datetime.timedelta(hours=4)
 HEAD_START = 0.5  # seconds that rank 0 has to say what is wrong, when it is wrong everywhere
 END = 60  # seconds that a process which lost another waits to be ended by the launcher
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 LOST_WORDS = ("gloo", "NCCL", "ProcessGroup", "Connection reset", "Connection closed")
 
 
@@ -101,6 +103,8 @@ def start():
 
 def _join():
     """Make the process group, and the GPU of this process the current one."""
+    # A launcher that is killed must not leave its processes behind, which hold run and GPUs
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
@@ -113,7 +117,7 @@ def _join():
 
 
 def leave():
-    """Give the process group back at the end of a program."""
+    """Give the process group back at an end that all processes have come to."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ GIVEN = ("config", "seed", "exp-name", "results-dir", "data-dir", "no-download",
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 # The program files that decide numbers. A change of them, comments apart, makes a result stale.
-SHARED_CODE = ("augment.py", "data.py", "models.py", "utils.py")
+SHARED_CODE = ("augment.py", "data.py", "distributed.py", "models.py", "utils.py")
 TRAINING_CODE = ("train.py", "trainers.py", "losses.py", *SHARED_CODE)
 FEATURE_CODE = ("features.py", *SHARED_CODE)
 EVALUATION_CODE = ("evaluation.py", "detection.py", *FEATURE_CODE)

@@ -55,6 +55,7 @@ def program(main, bad_input=()):
         stream.reconfigure(errors="surrogateescape")
     try:
         main()
+        distributed.leave()
     except (UserError, *bad_input) as error:
         _die(error, 2)
     except distributed.Ended as error:
@@ -63,6 +64,7 @@ def program(main, bad_input=()):
         _die(error, error.status)
     except Stopped as error:
         note(error)
+        distributed.leave()
         sys.exit(STOPPED)
     except torch.cuda.OutOfMemoryError as error:
         _die(f"out of GPU memory: {str(error).splitlines()[0]} A smaller --batch-size helps.", 1)
@@ -81,8 +83,6 @@ def program(main, bad_input=()):
         sys.exit(1)
     except KeyboardInterrupt:
         _die("interrupted", 130)
-    finally:
-        distributed.leave()
 
 
 def _die(message, status):

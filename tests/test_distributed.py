@@ -194,6 +194,48 @@ def test_the_death_of_one_process_ends_all_with_its_name(start, tmp_path):
         in errors[0]
 
 
+def test_processes_whose_launcher_is_killed_save_and_end(start, tmp_path):
+    process = start("--epochs", 60)
+    until_a_step(tmp_path)
+    left = workers(process)
+    process.kill()
+    assert "stopped by SIGTERM; the same command continues" in end(process)[1][0]
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in left):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (tmp_path / "results/temp/latest_exp/checkpoint/checkpoint.pth.tar").exists()
+
+
+@pytest.mark.parametrize("error", ['utils.RunError("no luck")', 'KeyError("no luck")'])
+def test_an_error_in_one_process_ends_all_with_its_words(tmp_path, tiny_npz, error):
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train, trainers, utils
+step, calls = trainers.Step.__call__, []
+def fail(*args):
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 3:
+        raise {error}
+    return step(*args)
+trainers.Step.__call__ = fail
+utils.program(train.main)
+""")
+    done = subprocess.run(
+        [sys.executable, script, "--dataset", f"npz:{tiny_npz}", *map(str, TINY)], cwd=tmp_path,
+        env=environment(PET_NPROC_PER_NODE=2), capture_output=True, text=True, timeout=300,
+        check=False)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    if error.startswith("utils"):
+        assert lines == [f"train.py: error: process 1 of 2 on {socket.gethostname()}: no luck"]
+    else:
+        assert done.stderr.count("Traceback") == 1  # nobody foresaw it
+        assert lines[-1].endswith("KeyError: 'no luck'")
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (("--batch-size", 2), "--batch-size 2 with 48 training images: 3 processes need at least an "
                           "image each a step"),

@@ -7,8 +7,11 @@ Knows no network, no file, no argument parser. Three rules hold for all of it:
 - a larger score is more outlying, and outliers are the positive class; distances are squared;
 - fitting happens once, scoring as often as wished;
 - arguments are never written to.
-Features are float [N, D], tensors or arrays; scores and metrics are float64. Rows are brought to
-float64, and to the device that computes, a piece at a time: features may lie elsewhere.
+Features are float [N, D]; scores and metrics are float64. Rows are brought to float64, and to the
+device that computes, a piece at a time: features may lie elsewhere. They are tensors, arrays, or
+read when they are asked for: anything with a length, a `shape` and a `device` that gives its rows
+at a slice or at an int64 index on that device as a tensor (features.Stored). Then no more than a
+piece of them is held, and the results are those of a tensor to the last bit.
 
 What takes time at 2,048 dimensions is matrix products, so half of each is left out: a covariance is
 symmetric, and its inverse's Cholesky factor triangular (benchmarks/bench_detection.py).
@@ -56,31 +59,94 @@ class Standardizer:
         """
         train = _shaped(train, "the training features")
         device = train.device if device is None else torch.device(device)
-        total = sum(_unit(rows, device).sum(dim=0) for rows in train.split(ROWS))
+        total = sum(_unit(rows, device).sum(dim=0) for rows in _pieces(train))
         mean = total / len(train)
         if not mean.isfinite().all():
             checked(train, "the training features")  # says in how many rows
         square = sum(
-            _unit(rows, device).sub_(mean).square_().sum(dim=0) for rows in train.split(ROWS)
+            _unit(rows, device).sub_(mean).square_().sum(dim=0) for rows in _pieces(train)
         )
         deviation = (square / len(train)).sqrt()
         return cls(mean, torch.where(deviation > GUARD, 1 / (deviation + GUARD), 0.0))
 
     def __call__(self, features, name="the features"):
-        """Standardise features [N, D]; returns a new float32 tensor [N, D] where they lie.
+        """Standardise features [N, D].
+
+        Returns:
+            float32 [N, D]: a new tensor where they lie. Of features that are read when they are
+            asked for, such features: Standardized.
 
         Raises:
             FeatureError: not finite or of another width; `name` is in the message.
         """
         features = checked(features, name, width=len(self.mean))
+        if not isinstance(features, torch.Tensor):
+            return Standardized(self, features)
         out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-        for rows, target in zip(features.split(ROWS), out.split(ROWS), strict=True):
+        for rows, target in zip(_pieces(features), _pieces(out), strict=True):
             target.copy_(self.rows(rows))
         return out
 
     def rows(self, rows):
         """Standardise some rows [n, D], not checked: float32 [n, D] on the device that computes."""
         return _unit(rows, self.mean.device).sub_(self.mean).mul_(self.scale).float()
+
+
+@dataclass(frozen=True)
+class Standardized:
+    """Features that are standardised when they are asked for, like rows of a tensor [N, D]."""
+
+    standardize: Standardizer
+    features: object
+
+    def __len__(self):
+        return len(self.features)
+
+    @property
+    def shape(self):
+        """(N, D)."""
+        return self.features.shape
+
+    @property
+    def device(self):
+        """Where an index of rows must lie."""
+        return self.features.device
+
+    def __getitem__(self, index):
+        return self.standardize.rows(self.features[index])
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The rows of x at an int64 index [n], which are gathered when a slice of them is asked for."""
+
+    x: object
+    index: torch.Tensor
+
+    def __len__(self):
+        return len(self.index)
+
+    @property
+    def shape(self):
+        """(n, D)."""
+        return len(self.index), self.x.shape[1]
+
+    @property
+    def device(self):
+        """Where x is."""
+        return self.x.device
+
+    def __getitem__(self, rows):
+        return self.x[self.index[rows]]
+
+
+def _pieces(x):
+    """The rows of x in order, ROWS at a time.
+
+    What comes of each piece is best written into one array made before: small results that stay
+    between the pieces keep the allocator from using the memory of the last piece for the next.
+    """
+    return (x[start : start + ROWS] for start in range(0, len(x), ROWS))
 
 
 def _unit(rows, device):
@@ -90,22 +156,22 @@ def _unit(rows, device):
 
 
 def checked(features, name, width=None):
-    """Return features as a tensor [N, D] if they can be used.
+    """Return features [N, D], arrays as tensors, if they can be used.
 
     Raises:
         FeatureError: says what is wrong with `name`.
     """
     features = _shaped(features, name, width)
-    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in features.split(ROWS))
+    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in _pieces(features))
     if bad:
         raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows")
     return features
 
 
 def _shaped(features, name, width=None):
-    """Return features as a tensor, if [N, D] and of the right width; their values are not read."""
-    features = torch.as_tensor(features)
-    if features.dim() != 2 or 0 in features.shape:
+    """Return features, arrays as tensors, if [N, D] of the right width; no value is read."""
+    features = torch.from_numpy(features) if isinstance(features, np.ndarray) else features
+    if len(features.shape) != 2 or 0 in features.shape:
         raise FeatureError(f"{name} must be [N, D] with N and D above 0, not "
                            f"{list(features.shape)}")
     if width is not None and features.shape[1] != width:
@@ -139,7 +205,7 @@ class Gaussian:
         """Fit mean and covariance to rows.
 
         Args:
-            x: float tensor [N, D], N >= 1, finite.
+            x: float features [N, D], N >= 1, finite.
             shrink: use Ledoit and Wolf's covariance instead of the one with 1/N.
             device: that computes, here and later; None is that of x.
 
@@ -158,7 +224,10 @@ class Gaussian:
 
     def score(self, x):
         """Return the squared Mahalanobis distance of rows [N, D]: float64 tensor [N]."""
-        return torch.cat([self.distance(rows.to(self.mean)) for rows in x.split(ROWS)])
+        out = self.mean.new_empty(len(x))
+        for rows, target in zip(_pieces(x), _pieces(out), strict=True):
+            target.copy_(self.distance(rows.to(self.mean)))
+        return out
 
     def distance(self, rows):
         """Score a few rows, float64 [n, D] on the device that computes, at once."""
@@ -186,7 +255,7 @@ class Gaussian:
 
         Each is 1 where x are the rows of the fit (without shrinkage).
         """
-        parts = ((rows.to(self.mean) - self.mean) @ axes for rows in x.split(ROWS))
+        parts = ((rows.to(self.mean) - self.mean) @ axes for rows in _pieces(x))
         return sum(part.square().sum(dim=0) for part in parts) / len(x)
 
 
@@ -210,7 +279,7 @@ def moments(x, device=None):
     """Compute mean and covariance (1/N) of rows, accumulated in float64.
 
     Args:
-        x: float tensor [N, D]. device: that computes; None is that of x.
+        x: float features [N, D]. device: that computes; None is that of x.
 
     Returns:
         float64 [D] and [D, D].
@@ -221,9 +290,9 @@ def moments(x, device=None):
 def _moments(x, device):
     """Mean, covariance and the mean fourth power of the length of a centred row."""
     like = torch.empty(0, dtype=torch.float64, device=x.device if device is None else device)
-    mean = sum(rows.to(like).sum(dim=0) for rows in x.split(ROWS)) / len(x)
+    mean = sum(rows.to(like).sum(dim=0) for rows in _pieces(x)) / len(x)
     lower, fourth = like.new_zeros(len(mean), len(mean)), like.new_zeros(())
-    for rows in x.split(ROWS):
+    for rows in _pieces(x):
         centred = rows.to(like) - mean
         for start in range(0, len(mean), BLOCK):
             end = start + BLOCK
@@ -260,10 +329,10 @@ def kmeans(x, clusters, seed):
     """Assign rows to k-means clusters.
 
     Args:
-        x: float tensor [N, D]; clusters: m, 1 <= m <= N; seed: int >= 0.
+        x: float features [N, D]; clusters: m, 1 <= m <= N; seed: int >= 0.
 
     Returns:
-        int64 tensor [N], values 0..m-1; a cluster may be empty.
+        int64 tensor [N] where x is, values 0..m-1; a cluster may be empty.
 
     Raises:
         FeatureError: more clusters than rows.
@@ -275,17 +344,30 @@ def kmeans(x, clusters, seed):
 
     if clusters > len(x):
         raise FeatureError(f"{clusters} clusters are more than the {len(x)} training images")
-    rows = np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
     machine = faiss.Kmeans(
-        rows.shape[1],
+        x.shape[1],
         clusters,
         niter=100,
         seed=seed % 2**31,  # faiss takes an int
         min_points_per_centroid=1,  # only silences a warning
         gpu=faiss.get_num_gpus() > 0,
     )
-    machine.train(rows[np.random.default_rng(seed).permutation(len(rows))])
-    return torch.from_numpy(machine.index.search(rows, 1)[1].ravel()).to(x.device)
+    order = np.random.default_rng(seed).permutation(len(x))
+    most = clusters * machine.cp.max_points_per_centroid
+    if len(x) > most:  # the rows that faiss would choose of all, so that it need not be given all
+        chosen = np.empty(len(x), np.int32)
+        faiss.rand_perm(faiss.swig_ptr(chosen), len(x), machine.cp.seed)
+        order = order[chosen[:most]]
+    sample = Selected(x, torch.from_numpy(order).to(x.device))
+    machine.train(np.concatenate([_for_faiss(rows) for rows in _pieces(sample)]))
+    found = np.empty((len(x), 1), np.int64)
+    for rows, target in zip(_pieces(x), _pieces(found), strict=True):
+        target[:] = machine.index.search(_for_faiss(rows), 1)[1]
+    return torch.from_numpy(found.ravel()).to(x.device)
+
+
+def _for_faiss(rows):
+    return np.ascontiguousarray(rows.cpu().numpy(), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -307,7 +389,7 @@ class SSD:
         """Fit a Gaussian to each cluster of the training features.
 
         Args:
-            train: float [N, D], raw features of the encoder.
+            train: float features [N, D] of the encoder, raw.
             clusters: m >= 1; k-means divides the features where m > 1.
             labels: int [N]; with m > 1 these are the clusters, whatever m (SupCE).
             seed: of k-means.
@@ -343,12 +425,12 @@ def fit_each(train, clusters, labels=None, seed=0, device=None):
 
 
 def _fit_clusters(standardize, x, m, labels, seed):
-    """An SSD of standardised features [N, D]; one cluster's rows are copied at a time."""
+    """An SSD of standardised features [N, D]."""
     if m == 1:
         members = [x]
     else:
         y = kmeans(x, m, seed) if labels is None else torch.as_tensor(labels, device=x.device)
-        members = (x[y == c] for c in y.unique())
+        members = (Selected(x, (y == c).nonzero().squeeze(1)) for c in y.unique())
     fitted = [Gaussian.fit(rows, device=standardize.mean.device) for rows in members]
     usable = tuple(g for g in fitted if g.rank)
     if not usable:

@@ -68,7 +68,7 @@ def main(argv=None):
         training_mode = trained.training_mode
         kwargs = evaluation.extraction(
             trained, train, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
-            cache_dir=args.cache_dir,
+            cache_dir=args.cache_dir, feature_store=args.feature_store,
         )
         common = evaluation.facts_of(trained, data_mode=args.data_mode, precision=args.precision,
                                      batch_size=kwargs["batch_size"])

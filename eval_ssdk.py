@@ -58,7 +58,7 @@ def main(argv=None):
         splits.append((ood.take(known), ood.take(rest)))
     kwargs = evaluation.extraction(
         trained, train, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
-        cache_dir=args.cache_dir,
+        cache_dir=args.cache_dir, feature_store=args.feature_store,
     )
     report = evaluation.Report(
         args.results_dir, args.exp_name, "ssdk", train=train, seed=args.seed, scores=args.scores,

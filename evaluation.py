@@ -90,6 +90,9 @@ def add_arguments(p, needs_network=True):
                        help="of the network; features and all that follows stay as they are")
     group.add_argument("--cache-dir", metavar="DIR",
                        help="keep features here and take them from here")
+    group.add_argument("--feature-store", metavar="DIR",
+                       help="the same, for features that do not fit into memory: they are written "
+                       "as they are computed and read a piece at a time; files are never removed")
 
 
 # --- the trained network --------------------------------------------------------------------------
@@ -264,22 +267,37 @@ def _check_outliers(ood, trained):
         seen.add(where)
 
 
-def extraction(trained, train, *, batch_size, seed, precision="fp32", cache_dir=None):
+def extraction(
+    trained, train, *, batch_size, seed, precision="fp32", cache_dir=None, feature_store=None
+):
     """Return the keyword arguments of features.take that all sets of an evaluation share.
 
     Args:
         trained: Trained. train: its training ImageSet, measured where constants are wanted that
             neither the checkpoint nor the table has.
-        batch_size: images a pass, None for what is fast on the device. cache_dir: folder or None.
+        batch_size: images a pass, None for what is fast on the device.
+        cache_dir, feature_store: folder of a features.Cache or features.Store, or None.
+
+    Raises:
+        UserError: both folders, or a store that cannot be written to.
     """
+    if cache_dir is not None and feature_store is not None:
+        raise UserError("--cache-dir and --feature-store: one of them is enough, their files are "
+                        "the same")
     mean = std = None
     if trained.normalize:
         mean, std = trained.constants or data.normalisation(trained.dataset, train)
     return dict(
         size=trained.size, batch_size=batch_size or features.default_batch_size(trained.device),
         mean=mean, std=std, seed=seed, precision=precision,
-        cache=features.Cache(cache_dir, trained.encoder) if cache_dir is not None else None,
+        cache=_cache(trained, cache_dir, feature_store),
     )
+
+
+def _cache(trained, cache_dir, feature_store):
+    if feature_store is not None:
+        return features.Store(feature_store, trained.encoder)
+    return features.Cache(cache_dir, trained.encoder) if cache_dir is not None else None
 
 
 def take_features(trained, images, **kwargs):

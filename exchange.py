@@ -121,7 +121,9 @@ class Export:
         """Keep the features and scores of a set.
 
         Args:
-            images: data.ImageSet or FeatureSet of N images. features: float [N, D].
+            images: data.ImageSet or FeatureSet of N images.
+            features: float [N, D], a tensor on the CPU or features.Stored, which stays in its
+                file.
             scores: {number of clusters: float64 [N]}.
             key: "train" or "test"; None for an outlier set.
         """
@@ -130,7 +132,7 @@ class Export:
         if key is None:
             key = f"ood_{plain_name(images.name, self._used)}"
             self._settings["names"][key] = images.name
-        self._arrays[key] = features.cpu().numpy()
+        self._arrays[key] = features.numpy()
         self._settings["images"][key] = fingerprint(images)
         if images.class_names is not None:
             self._arrays[key + LABELS] = images.labels.cpu().numpy()

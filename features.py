@@ -3,17 +3,20 @@
     train = extract(network.encoder, images, size=32, batch_size=256, mean=MEAN, std=STD)
     train = take(network.encoder, images, cache=Cache("cache", network.encoder), size=32, ...)
 
-The result is the only thing held besides two batches: a float32 array [N, D] on the CPU.
+The result is the only thing held besides two batches: a float32 array [N, D] on the CPU. With a
+Store for a cache not even that: it is in a file and read a piece at a time.
 """
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from tqdm import tqdm
 
 import augment
@@ -21,37 +24,61 @@ import data
 import utils
 
 PRECISIONS = ("fp32", "bf16")
-CACHE_FORMAT = 1  # of the cache's files; raised when the same settings come to give other features
+CACHE_FORMAT = 2  # of the cache's files; raised when the same settings come to give other features
+PIECE = 1024  # rows read from a file at a time
 
 
-def extract(
-    forward, images, *, size, batch_size, mean=None, std=None, mode="base", seed=0, copy=0,
-    precision="fp32",
-):
-    """Compute the features of every image of a set.
+def extract(forward, images, **settings):
+    """Compute the features of every image of a set, or of augmented copies of each.
 
     Args:
         forward: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it was.
         images: data.ImageSet of N images.
         size: S in pixels.
         batch_size: images a pass; the features do not depend on it (but for rounding).
-        mean, std: normalisation constants by channel; None for none.
-        mode: "base" (resize), "org" or "ssl": the augmentation of the images.
+        mean, std: normalisation constants by channel; None (the default) for none.
+        mode: "base" (resize, the default), "org" or "ssl": the augmentation of the images.
         seed, copy: of the augmentation; they and the set decide it, whatever the batch size.
         precision: "fp32", or "bf16" for torch's automatic mixed precision in the network.
+        copies: how many "ssl" copies of each image, made of the "base" images at their size; None
+            (the default) for the images themselves.
 
     Returns:
-        float32 tensor [N, D] on the CPU.
+        float32 tensor [N, D] on the CPU; [copies * N, D], copy after copy of the whole set.
+
+    Source: copies are the same as the original's known outliers of SSDk.
     """
+    return _gathered(_batches_of(forward, images, **settings), _count(images, **settings))
+
+
+def _count(images, *, copies=None, **_):
+    return len(images) * (copies or 1)
+
+
+def _batches_of(forward, images, *, copies=None, **settings):
+    """Yield the features of `extract` in order: float32 [B, D] on the network's device."""
+    if copies is None:
+        yield from _one_pass(forward, images, **settings)
+        return
+    every = torch.arange(len(images))
+    base = augment.apply_base(data.pixels_at(images.pixels, every), settings["size"])
+    for copy in range(copies):
+        yield from _one_pass(forward, replace(images, pixels=base), mode="ssl", copy=copy,
+                             **settings)
+
+
+def _one_pass(
+    forward, images, *, size, batch_size, mean=None, std=None, mode="base", seed=0, copy=0,
+    precision="fp32",
+):
     device = next(forward.parameters()).device
     draws = _draw(images, mode, utils.generator(seed, mode, _kind(images), copy))
     if mean is not None:  # once, not at every batch
         mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     was_training = forward.training
     forward.eval()
-    out = None
-    with torch.inference_mode():
-        for rows, pixels in _batches(images, batch_size, device):
+    for rows, pixels in _batches(images, batch_size, device):
+        with torch.inference_mode():
             if mode == "base":
                 x = augment.apply_base(pixels, size, mean, std)
             else:
@@ -59,10 +86,17 @@ def extract(
                 x = apply(pixels, type(draws)(*(d[rows] for d in draws)), size, mean, std)
             with utils.autocast(device, precision):
                 batch = forward(x).float()
-            if out is None:
-                out = torch.empty(len(images), batch.shape[1])
-            out[rows] = batch
+        yield batch
     forward.train(was_training)
+
+
+def _gathered(batches, n):
+    """Rows [n, D] on the CPU of batches [B, D] from anywhere."""
+    out, end = None, 0
+    for batch in batches:
+        out = torch.empty(n, batch.shape[1]) if out is None else out
+        start, end = end, end + len(batch)
+        out[start:end] = batch
     return out
 
 
@@ -106,56 +140,89 @@ def _batches(images, batch_size, device):
             yield batch
 
 
-def extract_copies(forward, images, *, copies, **kwargs):
-    """Compute the features of several "ssl" augmented copies of each image.
-
-    Args:
-        copies: how many of each image. The others: as for `extract`. The copies are made of the
-            "base" images, at their size.
-
-    Returns:
-        float32 tensor [copies * N, D] on the CPU, copy after copy of the whole set.
-
-    Source: same as the original's known outliers of SSDk.
-    """
-    every = torch.arange(len(images))
-    base = augment.apply_base(data.pixels_at(images.pixels, every), kwargs["size"])
-    images = replace(images, pixels=base)
-    each = [extract(forward, images, mode="ssl", copy=c, **kwargs) for c in range(copies)]
-    return torch.cat(each)
-
-
-def take(forward, images, *, cache=None, copies=None, **settings):
+def take(forward, images, *, cache=None, **settings):
     """Return the features of a set from a cache if they are there; compute and keep them else.
 
     Args:
-        cache: Cache of this network, or None.
-        copies: as for `extract_copies`; None for the images themselves.
-        settings: of `extract`.
+        cache: Cache or Store of this network, or None. settings: of `extract`.
 
     Returns:
-        float32 tensor on the CPU: bit for bit what `extract` or `extract_copies` returned.
+        float32 tensor on the CPU, bit for bit what `extract` returned; of a Store a Stored of it.
     """
-    found = cache and cache.read(images, copies=copies, **settings)
+    if cache is None:
+        return extract(forward, images, **settings)
+    found = cache.read(images, **settings)
     if found is not None:
         utils.note(f"features of {images.name}: from the cache")
         return found
-    if copies is None:
-        x = extract(forward, images, **settings)
-    else:
-        x = extract_copies(forward, images, copies=copies, **settings)
-    if cache:
-        cache.write(x, images, copies=copies, **settings)
-    return x
+    batches = _batches_of(forward, images, **settings)
+    return cache.keep(batches, _count(images, **settings), images, **settings)
 
 
 # --- the cache ------------------------------------------------------------------------------------
 
 
-class Cache:
-    """Features of one network on disk: a file FOLDER/WEIGHTS/SET-KEY.npz for each image set.
+class Stored:
+    """Features [N, D] in a file, of which no more is in memory than what is asked for.
 
-    A file holds `features` [N, D] and `about`, JSON that says what they are of and their sha256.
+    The file is numpy's .npy of a float32 array (np.load can map it), with a JSON text behind the
+    array that says what it is of, and its sha256.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        shape: (N, D). device: of the rows that are read, the CPU. about: dict that stood behind
+            the array.
+
+    Raises:
+        ValueError: the file is another one.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, path):
+        self.path = Path(path)
+        with open(path, "rb") as file:
+            npy.read_magic(file)
+            self.shape, by_columns, dtype = npy.read_array_header_1_0(file)
+            if dtype != np.float32 or by_columns or len(self.shape) != 2:
+                raise ValueError(f"it holds {dtype} {list(self.shape)}")
+            self._start, self._row = file.tell(), dtype.itemsize * self.shape[1]
+            file.seek(self._start + len(self) * self._row)
+            self.about = json.loads(file.read())
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """Read rows at a slice or at an int64 index: float32 tensor [n, D]."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            runs = [(start, stop - start)]
+        else:
+            runs = [(row, 1) for row in rows.tolist()]
+        x, end = np.empty((sum(n for _, n in runs), self.shape[1]), np.float32), 0
+        with open(self.path, "rb", buffering=0) as file:
+            for row, n in runs:
+                start, end = end, end + n
+                at = self._start + row * self._row
+                if os.preadv(file.fileno(), [x[start:end]], at) < n * self._row:
+                    raise OSError(f"{self.path} ends before its row {row + n}")
+        return torch.from_numpy(x)
+
+    def pieces(self):
+        """Yield all rows in order, some at a time."""
+        return (self[start : start + PIECE] for start in range(0, len(self), PIECE))
+
+    def numpy(self):
+        """Return the array, float32 [N, D], mapped from the file."""
+        return np.load(self.path, mmap_mode="r")
+
+
+class Cache:
+    """Features of one network on disk: a file FOLDER/WEIGHTS/SET-KEY.npy for each image set.
+
     Nothing that goes wrong with it is an error: a file that is damaged or about something else is
     reported, computed again and replaced; a place that cannot be written to is reported once.
 
@@ -196,45 +263,113 @@ class Cache:
     def path(self, images, about):
         """Return the place of features that `about` says what they are of."""
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        return self.folder / self._weights[:16] / f"{_kind(images)}-{key[:16]}.npz"
+        return self.folder / self._weights[:16] / f"{_kind(images)}-{key[:16]}.npy"
 
     def read(self, images, **settings):
         """Return the features of a set, float32 [N, D], or None where they are not to be had."""
-        about = self.about(images, **settings)
-        path = self.path(images, about)
+        found = self._find(images, **settings)
+        return None if found is None else _gathered(found.pieces(), len(found))
+
+    def keep(self, batches, n, images, **settings):
+        """Return the features of a set, [n, D], of batches; a failure to keep them is noted."""
+        x = _gathered(batches, n)
+        path, about = self._place(images, **settings)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                x, stored = file["features"], json.loads(str(file["about"]))
-            if stored != about | {"sha256": _digest(x)}:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, x.split(PIECE), n, about)
+        except (OSError, utils.UserError) as error:
+            if self._writes:
+                utils.note(f"--cache-dir: {path} cannot be written ({_reason(error)}); features "
+                           "are not kept")
+            self._writes = False
+        return x
+
+    def _place(self, images, **settings):
+        about = self.about(images, **settings)
+        return self.path(images, about), about
+
+    def _find(self, images, **settings):
+        """The Stored of a set, checked to the last bit, or None."""
+        path, about = self._place(images, **settings)
+        try:
+            found = Stored(path)
+            digest = hashlib.sha256()
+            for rows in found.pieces():
+                digest.update(rows.numpy())
+            if found.about != about | {"sha256": digest.hexdigest()}:
                 raise ValueError("it is not what it says, or about something else")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except Exception as error:  # numpy and zipfile raise many types for foreign bytes
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            utils.note(f"features of {images.name}: {path} cannot be used ({reason}); computed "
-                       "again")
+        except Exception as error:  # numpy raises many types for foreign bytes
+            utils.note(f"features of {images.name}: {path} cannot be used ({_reason(error)}); "
+                       "computed again")
             return None
-        return torch.from_numpy(x)
+        return found
 
-    def write(self, x, images, **settings):
-        """Keep the features x of a set; a failure is noted, once."""
-        about = self.about(images, **settings)
-        path = self.path(images, about)
-        about["sha256"] = _digest(x.numpy())
+
+class Store(Cache):
+    """A Cache whose features are written as they are computed and never in memory whole.
+
+    Its files are a Cache's. Damaged ones are made again likewise, but a place that cannot be
+    written to is an error: the features have no other.
+
+    Args: as for Cache.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder, forward):
+        super().__init__(folder, forward)
+        utils.make_folder(self.folder, "--feature-store")
+
+    def read(self, images, **settings):
+        """Return the features of a set as a Stored, or None where they are not to be had."""
+        return self._find(images, **settings)
+
+    def keep(self, batches, n, images, **settings):
+        """Write the features of a set, [n, D] of batches; returns a Stored of them.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        path, about = self._place(images, **settings)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with utils.whole_file(path) as file:
-                np.savez(file, features=x.numpy(), about=np.array(json.dumps(about)))
-        except (OSError, utils.UserError) as error:
-            if self._writes:
-                reason = getattr(error, "strerror", None) or error
-                utils.note(f"--cache-dir: {path} cannot be written ({reason}); features are not "
-                           "kept")
-            self._writes = False
+            _write(path, _without_os_errors(batches), n, about)
+        except OSError as error:
+            raise utils.RunError(f"--feature-store: {path} cannot be written ({_reason(error)})"
+                                 ) from None
+        return Stored(path)
 
 
-def _digest(array):
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+def _without_os_errors(batches):
+    """The same batches; images that cannot be read are no fault of the file that is written."""
+    try:
+        yield from batches
+    except OSError as error:
+        raise utils.RunError(str(error)) from error
+
+
+def _reason(error):
+    """One line of an error."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or first
+
+
+def _write(path, batches, n, about):
+    """Write features [n, D], which come in batches, and what they are of, whole or not at all."""
+    digest = hashlib.sha256()
+    with utils.whole_file(path) as file:
+        for i, batch in enumerate(batches):
+            x = batch.cpu().numpy()
+            if i == 0:
+                npy.write_array_header_1_0(file, {
+                    "descr": npy.dtype_to_descr(x.dtype), "fortran_order": False,
+                    "shape": (n, x.shape[1])})
+            digest.update(x)
+            file.write(x)
+        file.write(json.dumps(about | {"sha256": digest.hexdigest()}).encode())
 
 
 def weights_hash(module):

@@ -1,14 +1,20 @@
 """Scores and metrics equal the original's, literal formulas, closed forms and scikit-learn's."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from sklearn import covariance as sklearn_covariance
 from sklearn.metrics import roc_curve
 
+import data
 import detection
+import features
 from detection import SSD, FeatureError, Gaussian, SSDk, Standardizer
 
 
@@ -359,6 +365,126 @@ def test_a_known_distance_to_the_inliers_is_not_measured_again():
     expected, inside = detector.score(test, known), detector.distance(test)
     blind = replace(detector, inliers=None)
     np.testing.assert_array_equal(blind.score(test, known, inside=inside), expected)
+
+
+def test_kmeans_on_its_sample_is_faiss_on_all_rows():
+    import faiss
+
+    x = rows(1500, 8)  # more than 256 a centroid
+    machine = faiss.Kmeans(8, 4, niter=100, seed=7)
+    machine.train(x[np.random.default_rng(7).permutation(1500)])
+    expected = machine.index.search(x, 1)[1].ravel()
+    np.testing.assert_array_equal(detection.kmeans(torch.from_numpy(x), 4, seed=7), expected)
+
+
+def test_kmeans_is_given_no_more_rows_than_it_trains_on(monkeypatch):
+    import faiss
+
+    given, train = [], faiss.Kmeans.train
+    monkeypatch.setattr(
+        faiss.Kmeans, "train", lambda self, x: given.append(len(x)) or train(self, x))
+    for n in (500, 1500):
+        detection.kmeans(torch.from_numpy(rows(n, 4)), 3, seed=0)
+    assert given == [500, 3 * 256]
+
+
+# --- features in a file ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Function (float32 array [N, D]) -> the same features in a file."""
+    images = data.ImageSet("digits", torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1).long())
+
+    def store(x):
+        store = features.Store(tmp_path, torch.nn.Linear(1, 1))
+        return store.keep(iter([torch.from_numpy(x)]), len(x), images, size=8, batch_size=len(x))
+
+    return store
+
+
+@pytest.mark.parametrize("rows_at_once", [100, 1024])
+@pytest.mark.parametrize(
+    ("clusters", "labels"), [(1, None), (3, None), (2, np.arange(1000) % 3 * 5)],
+    ids=["one", "kmeans", "labels"],
+)
+def test_features_in_a_file_have_the_scores_of_features_in_memory_to_the_last_bit(
+    stored, monkeypatch, rows_at_once, clusters, labels
+):
+    monkeypatch.setattr(detection, "ROWS", rows_at_once)
+    train, test = rows(1000, 12), rows(333, 12, seed=1)
+    expected = SSD.fit(train, clusters, labels, seed=3)
+    found = SSD.fit(stored(train), clusters, labels, seed=3)
+    np.testing.assert_array_equal(found.score(stored(test)), expected.score(test))
+    _, axes = expected.gaussians[0].directions()
+    in_memory, in_file = (
+        detector.gaussians[0].along(detector.standardize(x), axes)
+        for detector, x in ((expected, test), (found, stored(test)))
+    )
+    assert torch.equal(in_file, in_memory)
+
+
+def test_known_outliers_in_a_file_are_told_to_the_last_bit(stored):
+    train, test, known = rows(1500, 9), rows(1100, 9, seed=1), rows(40, 9, seed=2)
+    expected, found = SSDk.fit(train), SSDk.fit(stored(train))
+    gaussian = found.know(stored(known))
+    np.testing.assert_array_equal(
+        found.score(stored(test), gaussian), expected.score(test, expected.know(known)))
+    np.testing.assert_array_equal(
+        found.score(stored(test), gaussian, inside=found.distance(stored(test))),
+        found.score(test, gaussian))
+
+
+def test_bad_features_in_a_file_are_refused_and_counted(stored):
+    broken = rows(30, 4)
+    broken[[3, 7], 1] = np.nan
+    with pytest.raises(FeatureError, match="training features are not finite in 2 of 30 rows"):
+        SSD.fit(stored(broken))
+    with pytest.raises(FeatureError, match="cats are not finite in 2 of 30 rows"):
+        SSD.fit(rows(30, 4)).score(stored(broken), "cats")
+    with pytest.raises(FeatureError, match="5 dimensions, the training ones 4"):
+        SSD.fit(stored(rows(30, 4))).score(stored(rows(5, 5)))
+    with pytest.raises(FeatureError, match="7 clusters are more than the 6"):
+        SSD.fit(stored(rows(6, 3)), clusters=7)
+
+
+PEAKS = """
+import json, sys, torch, data, detection, features
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+def batches(n):
+    for start in range(0, n, 500):
+        yield torch.randn(500, 256, generator=torch.Generator().manual_seed(start))
+
+folder, n = sys.argv[1], int(sys.argv[2])
+images = data.ImageSet("digits", torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1).long())
+store = features.Store(folder, torch.nn.Linear(1, 1))
+peaks = {}
+x = store.keep(batches(n), n, images, size=8, batch_size=1)
+for clusters in (1, 3):
+    detection.SSD.fit(x, clusters).score(x)
+    peaks[clusters] = peak()
+detector = detection.SSDk.fit(x)
+detector.score(x, detector.know(x), inside=detector.distance(x))
+peaks["known"] = peak()
+print(json.dumps(peaks))
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_features_in_a_file(tmp_path):
+    def peaks(n):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAKS, str(tmp_path), str(n)],
+            cwd=ROOT, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    small, large = peaks(15_000), peaks(60_000)
+    growth = {name: large[name] - small[name] for name in small}
+    more = 45_000 * 256 * 4 / 2**20  # MiB of features
+    assert max(growth.values()) < more / 3, growth  # scores, clusters, indices: 8 bytes a row each
 
 
 # --- rules ----------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_a_second_evaluation_takes_all_features_from_the_cache(
               "--again", "--scores", "s.csv")
     first = evaluate(*common)
     scores = (tmp_path / "s.csv").read_bytes()
-    kept = {f: f.read_bytes() for f in (tmp_path / "cache").rglob("*.npz")}
+    kept = {f: f.read_bytes() for f in (tmp_path / "cache").rglob("*.npy")}
     assert len(kept) == files
     assert "cache" not in first.stderr
     second = evaluate(*common)
@@ -270,7 +270,34 @@ def test_a_second_evaluation_takes_all_features_from_the_cache(
     assert (tmp_path / "s.csv").read_bytes() == scores
     assert second.stderr.count(": from the cache") == files
     assert f"features of npz:{tiny_npz}: from the cache" in second.stderr
-    assert kept == {f: f.read_bytes() for f in (tmp_path / "cache").rglob("*.npz")}
+    assert kept == {f: f.read_bytes() for f in (tmp_path / "cache").rglob("*.npy")}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [("eval_ssd.py", ["--clusters", 1, 2, "--plot", "--export", "e.npz"]),
+     ("eval_ssdk.py", ["--k", 2, "--copies", 2])],
+)
+def test_an_evaluation_from_a_feature_store_is_that_from_memory(
+    evaluate, tmp_path, other_npz, script, flags
+):
+    common = (script, "--ood", f"npz:{other_npz}", *flags, "--again", "--scores", "s.csv")
+    kind = script.removesuffix(".py").removeprefix("eval_")
+    base = tmp_path / f"eval_results/temp_eval_ssd_{kind}"
+
+    def files():
+        made = [tmp_path / "s.csv", *tmp_path.glob("e.npz"), *tmp_path.rglob("*.png")]
+        return {path: path.read_bytes() for path in made}
+
+    in_memory = evaluate(*common)
+    expected = files()
+    for said in ("", ": from the cache"):
+        in_file = evaluate(*common, "--feature-store", "store")
+        assert said in in_file.stderr
+        assert in_file.stdout == in_memory.stdout
+        assert files() == expected
+    records = consistent(base)
+    assert len({r["id"] for r in records}) == len(records) / 3
 
 
 def start(trained, tmp_path, *arguments):
@@ -299,7 +326,7 @@ def test_a_killed_evaluation_goes_on_with_the_sets_that_are_missing(
     assert done.returncode == 0, done.stderr
     assert [r["ood"] for r in consistent(base)] == [other, "gaussian"]
     assert "1 of 2 results stand in" in done.stderr
-    names = sorted(f.name.partition("-")[0] for f in (tmp_path / "cache").rglob("*.npz"))
+    names = sorted(f.name.partition("-")[0] for f in (tmp_path / "cache").rglob("*.npy"))
     assert names == ["gaussian", "npz", "npz"]  # train, test; not the set that was recorded
 
 
@@ -314,7 +341,7 @@ def test_two_evaluations_of_one_name_at_once_record_each_result_once(
     assert sorted(found) == [("digits", 1), ("digits", 2),
                              (f"npz:{other_npz}", 1), (f"npz:{other_npz}", 2)]
     for path in (tmp_path / "cache").rglob("*"):
-        assert path.is_dir() or np.load(path)["features"].ndim == 2
+        assert path.is_dir() or np.load(path).ndim == 2
 
 
 def test_a_cache_that_cannot_be_written_to_does_not_stop_the_evaluation(
@@ -324,6 +351,40 @@ def test_a_cache_that_cannot_be_written_to_does_not_stop_the_evaluation(
     done = evaluate("eval_ssd.py", "--ood", f"npz:{other_npz}", "--cache-dir", "file/cache")
     assert done.stderr.count("cannot be written") == 1
     assert len(consistent(tmp_path / "eval_results/temp_eval_ssd_ssd")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--feature-store", "file/s"], "--feature-store file/s cannot be written to"),
+     (["--feature-store", "s", "--cache-dir", "s"], "--cache-dir and --feature-store")],
+)
+def test_a_store_that_cannot_be_is_refused_with_one_line(
+    command, trained, tmp_path, other_npz, flags, words
+):
+    (tmp_path / "file").write_text("in the way")
+    done = command("eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", *flags,
+                   cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert words in line
+
+
+def test_a_store_on_a_full_disk_ends_the_evaluation_with_one_line(
+    trained, tmp_path, other_npz
+):
+    import resource
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval_ssd.py"), "--ckpt", str(trained), "--ood",
+         f"npz:{other_npz}", "--feature-store", "store"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("eval_ssd.py: error: --feature-store: store/")
+    assert line.endswith("cannot be written (File too large)")
 
 
 def test_records_say_which_images_were_looked_at(evaluate, tmp_path, other_npz):

@@ -392,7 +392,8 @@ def test_arrays_that_are_no_features_are_refused_by_name(change, words, refused,
     "flags",
     ["--ckpt x.pth", "--arch resnet18", "--classes 3", "--dataset svhn", "--data-dir d",
      "--no-download", "--in-classes 0-3", "--ood svhn", "--size 64", "--normalize",
-     "--no-normalize", "--data-mode ssl", "--batch-size 9", "--precision bf16", "--cache-dir d"],
+     "--no-normalize", "--data-mode ssl", "--batch-size 9", "--precision bf16", "--cache-dir d",
+     "--feature-store d"],
 )
 def test_features_do_not_go_with_a_flag_that_asks_for_a_network_or_images(
     flags, refused, tmp_path

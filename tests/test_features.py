@@ -198,15 +198,16 @@ def cut(path, other):
 
 def flip_a_bit(path, other):
     content = bytearray(path.read_bytes())
-    content[200] ^= 1  # among the features: the header is 128 bytes and the name
+    content[200] ^= 1  # among the features: the header is 128 bytes
     path.write_bytes(content)
 
 
 def forge(path, other):
-    """A sound file with a feature changed: zip's checksum agrees, the digest does not."""
-    with np.load(path) as file:
-        x, text = file["features"], file["about"]
-    np.savez(path, features=x + 1, about=text)
+    """A sound file with all features changed, which its text does not say."""
+    x = np.load(path)
+    text = path.read_bytes()[-len(json.dumps(features.Stored(path).about)):]
+    np.save(path, x + 1)
+    path.write_bytes(path.read_bytes() + text)
 
 
 def confuse(path, other):
@@ -222,28 +223,37 @@ def empty(path, other):
 
 
 def strip(path, other):
-    np.savez(path, features=np.zeros((10, 5), np.float32))
+    np.save(path, np.load(path))
 
 
-@pytest.mark.parametrize("harm", [cut, flip_a_bit, forge, confuse, foreign, empty, strip],
+def widen(path, other):
+    text = path.read_bytes()[128 + 4 * 10 * 5:]
+    np.save(path, np.load(path).astype(np.float64))
+    path.write_bytes(path.read_bytes() + text)
+
+
+@pytest.mark.parametrize("kind", [features.Cache, features.Store])
+@pytest.mark.parametrize("harm", [cut, flip_a_bit, forge, confuse, foreign, empty, strip, widen],
                          ids=lambda harm: harm.__name__)
-def test_a_damaged_or_foreign_file_is_reported_computed_again_and_replaced(tmp_path, capsys, harm):
+def test_a_damaged_or_foreign_file_is_reported_computed_again_and_replaced(
+    tmp_path, capsys, harm, kind
+):
     images, network = tiny_images(), Tiny()
-    cache = features.Cache(tmp_path, network)
-    expected = features.take(network, images, cache=cache, **SETTINGS)
-    (path,) = tmp_path.rglob("*.npz")
+    cache = kind(tmp_path, network)
+    expected = features.take(network, images, cache=cache, **SETTINGS)[:]
+    (path,) = tmp_path.rglob("*.npy")
     features.take(network, tiny_images(seed=5), cache=cache, **SETTINGS)
-    (other,) = set(tmp_path.rglob("*.npz")) - {path}
+    (other,) = set(tmp_path.rglob("*.npy")) - {path}
     harm(path, other)
     capsys.readouterr()
 
     before = network.passes
-    assert torch.equal(features.take(network, images, cache=cache, **SETTINGS), expected)
+    assert torch.equal(features.take(network, images, cache=cache, **SETTINGS)[:], expected)
     assert network.passes == before + 3
     (said,) = notes(capsys)
     assert said.startswith(f"features of {images.name}: {path} cannot be used (")
     assert said.endswith("); computed again")
-    assert torch.equal(features.take(network, images, cache=cache, **SETTINGS), expected)
+    assert torch.equal(features.take(network, images, cache=cache, **SETTINGS)[:], expected)
     assert network.passes == before + 3
     assert notes(capsys) == [f"features of {images.name}: from the cache"]
 
@@ -278,10 +288,115 @@ def test_a_full_disk_costs_one_note_and_leaves_no_file(tmp_path, capsys):
 def test_a_file_of_the_cache_says_what_its_features_are_of(tmp_path):
     network = Tiny()
     features.take(network, tiny_images(), cache=features.Cache(tmp_path, network), **SETTINGS)
-    (path,) = tmp_path.rglob("*.npz")
+    (path,) = tmp_path.rglob("*.npy")
     assert path.name.startswith("npz-")
-    with np.load(path) as file:
-        said = json.loads(str(file["about"]))
-        assert file["features"].shape == (10, 5)
+    said = features.Stored(path).about
+    assert np.load(path).shape == (10, 5)
     assert said["weights"] == features.weights_hash(network)
     assert (said["size"], said["mode"], said["draws"]) == (8, "base", None)
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [None, 3])
+def test_features_in_a_store_are_those_in_memory_to_the_last_bit(tmp_path, copies):
+    network, images = Tiny(), tiny_images()
+    expected = features.extract(Tiny(), images, copies=copies, **SETTINGS)
+    for _ in range(2):  # as they are written, then as they are found
+        found = features.take(network, images, cache=features.Store(tmp_path, network),
+                              copies=copies, **SETTINGS)
+        assert isinstance(found, features.Stored)
+        assert found.shape == tuple(expected.shape)
+        assert torch.equal(found[:], expected)
+        np.testing.assert_array_equal(found.numpy(), expected)
+    assert network.passes == 3 * (copies or 1)
+
+
+def test_any_rows_can_be_read_from_a_store(tmp_path, monkeypatch):
+    network, images = Tiny(), tiny_images()
+    expected = features.extract(network, images, **SETTINGS)
+    found = features.take(network, images, cache=features.Store(tmp_path, network), **SETTINGS)
+    for rows in (slice(2, 5), slice(8, 99), torch.tensor([7, 0, 7, 9]), torch.tensor([3])):
+        assert torch.equal(found[rows], expected[rows])
+    monkeypatch.setattr(features, "PIECE", 4)
+    assert [len(rows) for rows in found.pieces()] == [4, 4, 2]
+
+
+def test_a_file_of_the_store_is_numpys_and_can_be_mapped(tmp_path):
+    network = Tiny()
+    found = features.take(network, tiny_images(), cache=features.Store(tmp_path, network),
+                          **SETTINGS)
+    (path,) = [p for p in tmp_path.rglob("*") if p.is_file()]
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, found[:])
+
+
+@pytest.mark.parametrize(
+    "kinds", [(features.Cache, features.Store), (features.Store, features.Cache)], ids=str)
+def test_a_store_and_a_cache_read_each_others_files(tmp_path, kinds):
+    taken, network = [], Tiny()
+    for kind in kinds:
+        taken.append(features.take(network, tiny_images(), cache=kind(tmp_path, network),
+                                   **SETTINGS)[:])
+    assert torch.equal(*taken)
+    assert network.passes == 3
+
+
+def test_batches_are_written_as_they_come(tmp_path):
+    """The file grows while the features are computed, under a name of its own until it is whole."""
+    network, images, sizes = Tiny(), tiny_images(9000), []
+
+    def look(module, inputs):
+        files = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert not list(tmp_path.rglob("npz-*"))
+        sizes.append(sum(p.stat().st_size for p in files))
+
+    network.register_forward_pre_hook(look)
+    features.take(network, images, cache=features.Store(tmp_path, network),
+                  **SETTINGS | {"batch_size": 3000})
+    assert sizes[0] == 0
+    assert 60_000 - 8192 <= sizes[1] < sizes[2] <= 120_128
+
+
+def test_a_full_disk_ends_the_store_with_one_line_and_leaves_no_file(tmp_path):
+    network = Tiny()
+    store = features.Store(tmp_path, network)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(utils.RunError, match=r"--feature-store: .*npy cannot be written"):
+            features.take(network, tiny_images(500), cache=store, **SETTINGS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(utils.UserError, match=r"--feature-store .*file/store cannot be written to"):
+        features.Store(tmp_path / "file/store", Tiny())
+
+
+def test_images_that_cannot_be_read_are_no_fault_of_the_store(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("the images are gone")
+
+    monkeypatch.setattr(data.Noise, "draw", fail)
+    images = data.ImageSet("blobs", data.Noise("blobs", 8, 0), torch.zeros(10_000).long())
+    network = Tiny()
+    with pytest.raises(utils.RunError, match=r"^the images are gone$"):
+        features.take(network, images, cache=features.Store(tmp_path, network), size=8,
+                      batch_size=100)
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_with_its_name(tmp_path):
+    network = Tiny()
+    found = features.take(network, tiny_images(), cache=features.Store(tmp_path, network),
+                          **SETTINGS)
+    with open(found.path, "r+b") as file:
+        file.truncate(128 + 4 * 5 * 6)
+    assert found[:6].shape == (6, 5)
+    with pytest.raises(OSError, match="npy ends before its row 10"):
+        found[:]

@@ -207,6 +207,21 @@ def test_processes_whose_launcher_is_killed_save_and_end(start, tmp_path):
     assert (tmp_path / "results/temp/latest_exp/checkpoint/checkpoint.pth.tar").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [(), ("--fast",)])
+def test_two_processes_on_a_gpu_lose_as_one_where_batch_norm_is_synchronised(
+    start, tmp_path, flags
+):
+    losses = {}
+    for several in (1, 2):
+        flags = (*flags, "--sync-bn", "--exp-name", str(several))
+        status, errors = end(start(*flags, several=several))
+        assert status == 0, errors
+        losses[several] = [r["loss"] for r in records(tmp_path, str(several))
+                           if r["event"] == "step"]
+    assert losses[2] == pytest.approx(losses[1], rel=0.02)
+
+
 @pytest.mark.parametrize("error", ['utils.RunError("no luck")', 'KeyError("no luck")'])
 def test_an_error_in_one_process_ends_all_with_its_words(tmp_path, tiny_npz, error):
     script = tmp_path / "train.py"

@@ -214,8 +214,7 @@ def test_two_processes_on_a_gpu_lose_as_one_where_batch_norm_is_synchronised(
 ):
     losses = {}
     for several in (1, 2):
-        flags = (*flags, "--sync-bn", "--exp-name", str(several))
-        status, errors = end(start(*flags, several=several))
+        status, errors = end(start("--sync-bn", "--exp-name", several, *flags, several=several))
         assert status == 0, errors
         losses[several] = [r["loss"] for r in records(tmp_path, str(several))
                            if r["event"] == "step"]

@@ -12,8 +12,10 @@ In-data = cifar10, OOD = cifar100, Clusters = 1, FPR95 = 0.5078, AUROC = 0.9063,
 """
 
 import detection
+import distributed
 import evaluation
 import exchange
+import features
 import figures
 import utils
 from utils import UserError, number
@@ -54,17 +56,26 @@ def main(argv=None):
 
         def take(images, mode="base"):
             return images.features
+
+        crew = features.Crew()
+        if not distributed.is_lead():  # there is nothing to share
+            return
     else:
         if args.ckpt is None:
             raise UserError("--ckpt FILE is needed, the trained network, or --features FILE.npz")
+        distributed.start()
         trained = evaluation.restore(
             args.ckpt, device, classes=args.classes, training_mode=args.training_mode,
             arch=args.arch, dataset=args.dataset, data_dir=args.data_dir,
             in_classes=args.in_classes, size=args.size, normalize=args.normalize,
         )
-        train, test, outliers = evaluation.load_images(
-            trained, args.ood, seed=args.seed, download=not args.no_download
-        )
+        with distributed.first_on_machine():  # which may have to download
+            train, test, outliers = evaluation.load_images(
+                trained, args.ood, seed=args.seed, download=not args.no_download
+            )
+        crew = features.Crew(trained.encoder, [train, test, *outliers])
+        if not distributed.is_lead():  # from here on, the others only compute features
+            return crew.serve()
         training_mode = trained.training_mode
         kwargs = evaluation.extraction(
             trained, train, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
@@ -74,7 +85,7 @@ def main(argv=None):
                                      batch_size=kwargs["batch_size"])
 
         def take(images, mode="base"):
-            return evaluation.take_features(trained, images, mode=mode, **kwargs)
+            return evaluation.take_features(trained, images, crew=crew, mode=mode, **kwargs)
 
     by_class = training_mode == "SupCE"
     if by_class and max(args.clusters) > 1 and train.class_names is None:
@@ -93,6 +104,7 @@ def main(argv=None):
     # What is not recorded yet: [(outlier set, numbers of clusters)]
     todo = report.todo(test, outliers, args.clusters, everything=args.export is not None)
     if not todo:
+        crew.dismiss()
         return
 
     # Features of the training images; a detector per number of clusters, each fitted once
@@ -126,6 +138,7 @@ def main(argv=None):
         report.draw("spectrum", figures.spectrum, eigenvalues.cpu().numpy(), shares, test.name)
     report.written += export.close(test.name, common)
     report.close()
+    crew.dismiss()
 
 
 def _refuse_what_asks_for_a_network(path, given):

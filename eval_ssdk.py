@@ -9,9 +9,13 @@ the others tested: distance to the training features less distance to the known 
 Appends a line per outlier set to RESULTS/EXP_ssdk.txt, of the form of eval_ssd.py's.
 """
 
+import itertools
+
 import data
 import detection
+import distributed
 import evaluation
+import features
 import utils
 from utils import UserError, number
 
@@ -36,6 +40,7 @@ def main(argv=None):
         raise UserError(f"--clusters {args.clusters}: SSDk is for one cluster only")
     if args.gpu is not None:
         utils.note("--gpu does nothing")
+    distributed.start()
 
     # The network as it was trained, every image set, and which outliers are known
     trained = evaluation.restore(
@@ -43,9 +48,10 @@ def main(argv=None):
         arch=args.arch, dataset=args.dataset, data_dir=args.data_dir, in_classes=args.in_classes,
         size=args.size, normalize=args.normalize,
     )
-    train, test, outliers = evaluation.load_images(
-        trained, args.ood, seed=args.seed, download=not args.no_download
-    )
+    with distributed.first_on_machine():  # which may have to download
+        train, test, outliers = evaluation.load_images(
+            trained, args.ood, seed=args.seed, download=not args.no_download
+        )
     splits = []
     for ood in outliers:
         try:
@@ -56,10 +62,13 @@ def main(argv=None):
         except ValueError as error:
             raise UserError(f"--k {args.k} takes a whole class of {ood.name}: {error}") from None
         splits.append((ood.take(known), ood.take(rest)))
+    crew = features.Crew(trained.encoder, [train, test, *itertools.chain(*splits)])
+    if not distributed.is_lead():  # from here on, the others only compute features
+        return crew.serve()
     kwargs = evaluation.extraction(
         trained, train, batch_size=args.batch_size, seed=args.seed, precision=args.precision,
         cache_dir=args.cache_dir, feature_store=args.feature_store,
-    )
+    ) | {"crew": crew}
     report = evaluation.Report(
         args.results_dir, args.exp_name, "ssdk", train=train, seed=args.seed, scores=args.scores,
         plot=args.plot, again=args.again,
@@ -68,6 +77,7 @@ def main(argv=None):
     )
     todo = report.todo(test, [rest for _, rest in splits], [args.clusters])
     if not todo:
+        crew.dismiss()
         return
     left = [rest.name for rest, _ in todo]
 
@@ -93,6 +103,7 @@ def main(argv=None):
             n_known=len(known), known_rank=gaussian.rank,
         )
     report.close()
+    crew.dismiss()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,16 @@
 
 The result is the only thing held besides two batches: a float32 array [N, D] on the CPU. With a
 Store for a cache not even that: it is in a file and read a piece at a time.
+
+Of several processes each computes every n-th batch, so that batches, and with them the last bits of
+features, are those of one process; rank 0 gets them all.
 """
 
 import hashlib
+import itertools
 import json
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +26,7 @@ from tqdm import tqdm
 
 import augment
 import data
+import distributed
 import utils
 
 PRECISIONS = ("fp32", "bf16")
@@ -42,9 +48,11 @@ def extract(forward, images, **settings):
         precision: "fp32", or "bf16" for torch's automatic mixed precision in the network.
         copies: how many "ssl" copies of each image, made of the "base" images at their size; None
             (the default) for the images themselves.
+        spread: whether all processes call this, with the same arguments, and share the work.
 
     Returns:
-        float32 tensor [N, D] on the CPU; [copies * N, D], copy after copy of the whole set.
+        float32 tensor [N, D] on the CPU; [copies * N, D], copy after copy of the whole set. With
+        `spread`, rank 0 has it and the others None.
 
     Source: copies are the same as the original's known outliers of SSDk.
     """
@@ -55,29 +63,48 @@ def _count(images, *, copies=None, **_):
     return len(images) * (copies or 1)
 
 
-def _batches_of(forward, images, *, copies=None, **settings):
-    """Yield the features of `extract` in order: float32 [B, D] on the network's device."""
+def _batches_of(forward, images, *, copies=None, spread=False, **settings):
+    """Yield the features of `extract` in order, some rows at a time: float32 [n, D]."""
+    one_pass = _joint_pass if spread else _one_pass
     if copies is None:
-        yield from _one_pass(forward, images, **settings)
+        yield from one_pass(forward, images, **settings)
         return
     every = torch.arange(len(images))
     base = augment.apply_base(data.pixels_at(images.pixels, every), settings["size"])
     for copy in range(copies):
-        yield from _one_pass(forward, replace(images, pixels=base), mode="ssl", copy=copy,
-                             **settings)
+        yield from one_pass(forward, replace(images, pixels=base), mode="ssl", copy=copy,
+                            **settings)
+
+
+def _joint_pass(forward, images, *, batch_size, **settings):
+    """Yield what _one_pass does, a round of batches at a time, on rank 0; nothing on the others."""
+    n = distributed.world()
+    own = _one_pass(forward, images, batch_size=batch_size,
+                    part=slice(distributed.rank(), None, n), **settings)
+    width = None
+    for start, batch in itertools.zip_longest(range(0, len(images), n * batch_size), own):
+        if width is None:  # which a process without a batch cannot know
+            width = distributed.from_lead(None if batch is None else batch.shape[1])
+        rows = torch.zeros(batch_size, width)
+        if batch is not None:
+            rows[: len(batch)] = batch
+        every = distributed.gather(rows, n * batch_size)
+        if distributed.is_lead():
+            yield every[: len(images) - start]
 
 
 def _one_pass(
     forward, images, *, size, batch_size, mean=None, std=None, mode="base", seed=0, copy=0,
-    precision="fp32",
+    precision="fp32", part=slice(None),
 ):
+    """Yield the features of a slice of the batches, float32 [B, D] on the network's device."""
     device = next(forward.parameters()).device
     draws = _draw(images, mode, utils.generator(seed, mode, _kind(images), copy))
     if mean is not None:  # once, not at every batch
         mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     was_training = forward.training
     forward.eval()
-    for rows, pixels in _batches(images, batch_size, device):
+    for rows, pixels in _batches(images, batch_size, part, device):
         with torch.inference_mode():
             if mode == "base":
                 x = augment.apply_base(pixels, size, mean, std)
@@ -121,42 +148,101 @@ def _draw(images, mode, generator):
     return augment.draw_org(len(images), generator) if mode == "org" else None
 
 
-def _batches(images, batch_size, device):
-    """Yield (slice, pixels on the device); the next batch is made while one is worked on."""
+def _batches(images, batch_size, part, device):
+    """Yield (rows, pixels on the device) of a slice of the batches, the next made meanwhile."""
     def fetch(start):
         rows = slice(start, min(start + batch_size, len(images)))
         pixels = data.pixels_at(images.pixels, rows)
         if device.type == "cuda":
-            pixels = pixels.pin_memory().to(device, non_blocking=True)
+            with torch.cuda.device(device):  # a new thread's is the first
+                pixels = pixels.pin_memory().to(device, non_blocking=True)
         return rows, pixels
 
-    starts = range(0, len(images), batch_size)
+    starts = range(0, len(images), batch_size)[part]
+    quiet = None if distributed.is_lead() else True
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(fetch, 0)
-        for start in tqdm(starts, desc=images.name, leave=False, disable=None):
+        coming = pool.submit(fetch, starts[0]) if starts else None
+        for i in tqdm(range(len(starts)), desc=images.name, leave=False, disable=quiet):
             batch = coming.result()
-            if start + batch_size < len(images):
-                coming = pool.submit(fetch, start + batch_size)
+            if i + 1 < len(starts):
+                coming = pool.submit(fetch, starts[i + 1])
             yield batch
 
 
-def take(forward, images, *, cache=None, **settings):
+def take(forward, images, *, cache=None, crew=None, **settings):
     """Return the features of a set from a cache if they are there; compute and keep them else.
 
     Args:
-        cache: Cache or Store of this network, or None. settings: of `extract`.
+        cache: Cache or Store of this network, or None.
+        crew: Crew of this network and set, to compute them; None for this process alone.
+        settings: of `extract`.
 
     Returns:
         float32 tensor on the CPU, bit for bit what `extract` returned; of a Store a Stored of it.
     """
-    if cache is None:
-        return extract(forward, images, **settings)
-    found = cache.read(images, **settings)
+    found = cache and cache.read(images, **settings)
     if found is not None:
         utils.note(f"features of {images.name}: from the cache")
         return found
-    batches = _batches_of(forward, images, **settings)
-    return cache.keep(batches, _count(images, **settings), images, **settings)
+    batches = crew.batches(images, **settings) if crew else _batches_of(forward, images, **settings)
+    count = _count(images, **settings)
+    return cache.keep(batches, count, images, **settings) if cache else _gathered(batches, count)
+
+
+# --- many processes -------------------------------------------------------------------------------
+
+
+class Crew:
+    """The processes of an evaluation: rank 0 says whose features it wants, and all compute them.
+
+        crew = Crew(forward, sets)          # on all
+        if not distributed.is_lead():
+            return crew.serve()
+        take(forward, sets[0], crew=crew, ...)
+        crew.dismiss()
+
+    A single process is a crew too.
+
+    Args:
+        forward: the network, the same on all. sets: list of data.ImageSet, the same on all. Without
+            any there is nothing to do, and nobody to dismiss.
+
+    Raises:
+        UserError: the processes have different weights or images.
+    """
+
+    def __init__(self, forward=None, sets=()):
+        self._forward, self._sets = forward, sets
+        if distributed.world() > 1 and sets:
+            _compare([("the network", weights_hash(forward))] + [
+                (s.name, data.fingerprint(s.pixels, s.labels)) for s in sets])
+
+    def batches(self, images, **settings):
+        """Yield the features of one of the sets in order, float32 [n, D], on rank 0."""
+        index = next(i for i, s in enumerate(self._sets) if s is images)
+        distributed.from_lead((index, settings))
+        yield from _batches_of(self._forward, images, spread=True, **settings)
+
+    def serve(self):
+        """Help rank 0 until it dismisses the crew."""
+        while (order := distributed.from_lead(None)) is not None:
+            index, settings = order
+            extract(self._forward, self._sets[index], spread=True, **settings)
+
+    def dismiss(self):
+        """End the `serve` of the others. After an error the launcher ends them."""
+        if self._sets:
+            distributed.from_lead(None)
+
+
+def _compare(hashes):
+    """Stop if a process has something else than rank 0: lists of (name, hash)."""
+    for here, there in itertools.zip_longest(hashes, distributed.from_lead(hashes)):
+        if here != there:
+            name, _ = here or there
+            raise utils.UserError(f"{name} is not the same in process {distributed.rank()}, on "
+                                  f"{platform.node()}, as in process 0; all have to be started "
+                                  "with the same command, checkpoint and images")
 
 
 # --- the cache ------------------------------------------------------------------------------------

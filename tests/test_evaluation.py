@@ -354,6 +354,44 @@ def test_a_cache_that_cannot_be_written_to_does_not_stop_the_evaluation(
 
 
 @pytest.mark.parametrize(
+    ("script", "processes", "flags"),
+    [("eval_ssd.py", n, ["--clusters", 1, 3, "--data-mode", "ssl"]) for n in (1, 2, 3)]
+    + [("eval_ssdk.py", 2, ["--k", 2, "--copies", 2, "--feature-store", "store"])],
+)
+def test_many_processes_record_what_one_records(
+    evaluate, trained, tmp_path, other_npz, monkeypatch, script, processes, flags
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums of more threads have other last digits
+    flags = ("--ood", f"npz:{other_npz}", "--batch-size", 5, *flags)
+    kind = script.removesuffix(".py").removeprefix("eval_")
+    evaluate(script, *flags, "--scores", "one.csv", "--results-dir", "one")
+    many = ("--scores", "many.csv", "--results-dir", "many")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(processes), ROOT / script, "--ckpt", trained, *map(str, (*flags, *many))],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, many = (consistent(tmp_path / folder / f"temp_eval_ssd_{kind}")
+                 for folder in ("one", "many"))
+    assert [r | {"time": ""} for r in many] == [r | {"time": ""} for r in one]
+    assert (tmp_path / "many.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert [line for line in done.stdout.splitlines() if line.startswith("In-data")] == lines(
+        tmp_path / f"many/temp_eval_ssd_{kind}.txt")
+
+
+@pytest.mark.parametrize("script", ["eval_ssd.py", "eval_ssdk.py"])
+def test_a_bad_checkpoint_of_two_processes_is_one_line(command, tmp_path, script):
+    (tmp_path / "bad.pth").write_bytes(b"no network")
+    done = command(script, "--ckpt", "bad.pth", cwd=tmp_path,
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": "2"})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line == f"{script}: error: --ckpt bad.pth is not a torch checkpoint, or damaged"
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [(["--feature-store", "file/s"], "--feature-store file/s cannot be written to"),
      (["--feature-store", "s", "--cache-dir", "s"], "--cache-dir and --feature-store")],
@@ -370,8 +408,9 @@ def test_a_store_that_cannot_be_is_refused_with_one_line(
     assert words in line
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_store_on_a_full_disk_ends_the_evaluation_with_one_line(
-    trained, tmp_path, other_npz
+    trained, tmp_path, other_npz, processes
 ):
     import resource
 
@@ -379,11 +418,13 @@ def test_a_store_on_a_full_disk_ends_the_evaluation_with_one_line(
         [sys.executable, str(ROOT / "eval_ssd.py"), "--ckpt", str(trained), "--ood",
          f"npz:{other_npz}", "--feature-store", "store"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": str(processes)},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("eval_ssd.py: error: --feature-store: store/")
+    assert line.startswith("eval_ssd.py: error: ")
+    assert "--feature-store: store/" in line
     assert line.endswith("cannot be written (File too large)")
 
 

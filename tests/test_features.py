@@ -1,12 +1,16 @@
 """Features are what the network gives, whatever the batch; the cache gives them back to the bit."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import features
@@ -92,6 +96,79 @@ def test_bf16_rounds_in_the_network_only_and_gives_float32(mode):
 def test_the_batch_size_follows_the_device(monkeypatch, device, threads, expected):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert features.default_batch_size(torch.device(device)) == expected
+
+
+# --- many processes -------------------------------------------------------------------------------
+
+
+def in_processes(n, code, tmp_path):
+    """Run the code in n processes that know `distributed`, this module's names and the folder."""
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import sys\nfrom pathlib import Path\nimport torch\nimport distributed\nimport features\n"
+        "from test_features import *\nhere = Path(sys.argv[1])\n"
+        f"def main():\n    distributed.start()\n{code}\nutils.program(main)\n")
+    return subprocess.run(
+        [sys.executable, path, tmp_path], check=False, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": str(n),
+             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+
+
+CASES = [{"mode": mode} for mode in ("base", "org", "ssl")] + [{"copies": 2}, {"batch_size": 100}]
+EXTRACT = """
+    network, found = Tiny().train(), []
+    for case in CASES:
+        found.append(features.extract(network, tiny_images(18), spread=True, **SETTINGS | case))
+    assert network.training
+    passes = distributed.everyones(network.passes)
+    if distributed.is_lead():
+        torch.save((found, passes), here / "found")
+    else:
+        assert found == [None] * len(CASES)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_features_are_the_same_to_the_last_bit_in_any_number_of_processes(tmp_path, processes):
+    done = in_processes(processes, EXTRACT, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, passes = torch.load(tmp_path / "found")
+    for x, case in zip(found, CASES, strict=True):
+        assert torch.equal(x, features.extract(Tiny(), tiny_images(18), **SETTINGS | case))
+    # 18 images are 5 batches of 4, in each of 3 modes and of 2 copies; or 1 of 100
+    assert passes == {1: [26], 2: [16, 10], 3: [11, 10, 5]}[processes]
+
+
+SERVE = """
+    sets = [tiny_images(10, seed=s) for s in (0, 1, 1 + distributed.rank() * DIFFERENT)]
+    network = Tiny()
+    crew = features.Crew(network, sets)
+    if not distributed.is_lead():
+        crew.serve()
+        (here / "passes").write_text(str(network.passes))
+        return
+    cache = features.Store(here / "cache", network)
+    found = [features.take(network, sets[i], cache=cache, crew=crew, **SETTINGS)[:]
+             for i in (1, 0, 1)]
+    crew.dismiss()
+    torch.save(found, here / "found")
+"""
+
+
+def test_the_other_processes_help_with_what_is_not_in_the_cache(tmp_path):
+    done = in_processes(2, SERVE.replace("DIFFERENT", "0"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    for x, seed in zip(torch.load(tmp_path / "found"), (1, 0, 1), strict=True):
+        assert torch.equal(x, features.extract(Tiny(), tiny_images(seed=seed), **SETTINGS))
+    assert (tmp_path / "passes").read_text() == "2"  # the second of three batches of two sets
+
+
+def test_processes_with_different_images_are_refused_with_one_line(tmp_path):
+    done = in_processes(2, SERVE.replace("DIFFERENT", "1"), tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "npz:here/tiny.npz is not the same in process 1" in line
 
 
 # --- the cache ------------------------------------------------------------------------------------

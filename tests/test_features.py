@@ -56,6 +56,15 @@ def test_features_are_the_network_of_the_normalised_images():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_copies_are_augmented_from_the_resized_images_one_after_the_other():
+    images, network = tiny_images(), Tiny()
+    base = replace(images, pixels=images.pixels.float() / 255)  # 8 pixels already
+    expected = [features.extract(network, base, mode="ssl", copy=c, **SETTINGS) for c in (0, 1, 2)]
+    found = features.extract(network, images, copies=3, **SETTINGS)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found[:10], found[10:20])
+
+
 @pytest.mark.parametrize("kind", ["blobs", "gaussian"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 300])
 def test_every_image_of_a_noise_set_is_drawn_for_its_own_row(kind, batch_size):

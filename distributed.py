@@ -414,6 +414,13 @@ def parallel(network):
     )
 
 
+def share_buffers(network):
+    """Give the buffers of a network, its statistics of batch norm, the values of rank 0's."""
+    if world() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 # --- batch norm over all processes ----------------------------------------------------------------
 
 

@@ -372,9 +372,8 @@ def main(argv=None):
             watched_from = time.perf_counter()
             score, monitor_name = None, "none in this epoch"
             if epoch >= 0 and ((epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs):
-                found = lead and _watch(network, test, mode, loss, args.batch_size,
-                                        images | {"precision": args.precision})
-                score, monitor_name = distributed.from_lead(found)
+                score, monitor_name = _watch(network, test, mode, loss, args.batch_size,
+                                             images | {"precision": args.precision})
             is_best = score is not None and score > best
             best = score if is_best else best
             log.record(event="epoch", epoch=epoch, loss=loss, monitor=score,

@@ -299,26 +299,35 @@ def monitor(network, images, mode, *, batch_size, size, mean, std, precision="fp
     """Measure how well the classes of test images can be told, as a share in 0..1.
 
     Args:
-        network: on its device. images: data.ImageSet of the test images.
+        network: on its device; of several processes that of rank 0 is measured, and the others get
+            its statistics of batch norm.
+        images: data.ImageSet of the test images.
         mode: a value of MODES; the others as for Step.
 
     Returns:
         float: top-1 accuracy of a classifier; else `knn_accuracy` of the head's outputs. None
-        where that says nothing: no classes, a single one, or none with two images.
+        where that says nothing: no classes, a single one, or none with two images. The same in all
+        processes, which share the work and have to call it together.
     """
-    if images.class_names is None or len(images.labels.unique()) < 2:
+    counts = images.labels.bincount()
+    if images.class_names is None or (counts > 0).sum() < 2:
         return None
-    kwargs = dict(
-        batch_size=batch_size, size=size, mean=mean, std=std, precision=precision
-    )
-    device = next(network.parameters()).device
-    outputs = features.extract(network, images, **kwargs).to(device)
-    labels = images.labels.to(device)
-    if not mode.contrastive:
-        return float((outputs.argmax(dim=1) == labels).double().mean())
-    if labels.bincount().max() < 2:
+    if mode.contrastive and counts.max() < 2:
         return None
-    return knn_accuracy(outputs, labels)
+    distributed.share_buffers(network)
+    outputs = features.extract(network, images, batch_size=batch_size, size=size, mean=mean,
+                               std=std, precision=precision, spread=True)
+    accuracy = None
+    if distributed.is_lead():
+        device = next(network.parameters()).device
+        measure = knn_accuracy if mode.contrastive else top_1
+        accuracy = measure(outputs.to(device), images.labels.to(device))
+    return distributed.from_lead(accuracy)
+
+
+def top_1(outputs, labels):
+    """Measure the share of rows of outputs [N, classes] whose largest is that of the label [N]."""
+    return float((outputs.argmax(dim=1) == labels).double().mean())
 
 
 def knn_accuracy(outputs, labels, k=20, folds=5):

@@ -97,6 +97,16 @@ def train(mode, norm, state=None, broken=False):
             "means": torch.tensor(means, dtype=torch.float64), **network.network.state_dict()}
 
 
+def watch(mode):
+    """What the monitor says of a network whose statistics differ between processes."""
+    network = models.build_model("resnet18", mode, CLASSES, torch.Generator().manual_seed(2))
+    network.encoder.bn1.running_mean += distributed.rank()
+    score = trainers.monitor(network, images(), trainers.MODES[mode], batch_size=4, size=8,
+                             mean=None, std=None)
+    return {"score": torch.tensor(score, dtype=torch.float64),
+            "statistics": network.encoder.bn1.running_mean}
+
+
 def contrast(n, labels):
     """Loss and gradient of n images, each process with its share: {name: tensor}."""
     generator = torch.Generator().manual_seed(n)
@@ -115,6 +125,7 @@ def main(folder):
     world = distributed.world()
     results = {f"contrast of {n}, {'SupCon' if labels else 'SimCLR'}": contrast(n, labels)
                for n in (2, 11) for labels in (False, True)}
+    results |= {f"monitor of {mode}": watch(mode) for mode in ("SimCLR", "SupCE")}
     for mode, norm in (("SimCLR", "plain"), ("SimCLR", "frozen"), ("SupCon", "plain"),
                        ("SupCon", "frozen"), ("SupCE", "plain"), ("SimCLR", "synced"),
                        ("SupCE", "synced")):

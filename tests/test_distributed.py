@@ -80,6 +80,15 @@ def test_a_run_of_two_processes_goes_on_with_three_as_if_nothing_had_been(result
         assert relative_error(ours[name], expected[name]) < 1e-6, name
 
 
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("mode", ["SimCLR", "SupCE"])
+def test_processes_watch_together_and_measure_the_network_of_rank_0(results, world, mode):
+    ours, expected = (results[w][f"monitor of {mode}"] for w in (world, 1))
+    assert 0 < expected["score"] < 1
+    assert ours["score"] == expected["score"]
+    assert torch.equal(ours["statistics"], torch.zeros(64))
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10, 11, 512])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shares_are_a_partition_and_differ_by_one_at_most(n, world):

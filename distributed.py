@@ -27,7 +27,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# A process may be alone with a download or a monitor; a death does not have to be found by waiting
+# A process that dies is found by its launcher. Of a machine that dies nobody hears: what the others
+# wait for does not come, and after so long they end. Rank 0, or a download, may take longer.
+SILENCE = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(hours=4)
 HEAD_START = 0.5  # seconds that rank 0 has to say what is wrong, when it is wrong everywhere
 END = 60  # seconds that a process which lost another waits to be ended by the launcher
@@ -112,8 +114,15 @@ def _join():
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend, store=dist.PrefixStore("work", _store()), rank=rank(), world_size=world(),
-        timeout=PATIENCE,
+        timeout=SILENCE,
     )
+    _patient()
+
+
+@functools.cache
+def _patient():
+    """The group of all processes in which waiting takes as long as it takes."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def leave():
@@ -332,7 +341,7 @@ def from_lead(content):
     """Return what rank 0 was called with, any object that can be pickled; all have to call it."""
     box = [content]
     if world() > 1:
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=_patient())
     return box[0]
 
 
@@ -346,7 +355,8 @@ def everyones(content):
 
 def barrier():
     """Wait until all processes are here."""
-    total(torch.zeros(1))
+    if world() > 1:
+        dist.barrier(group=_patient())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@
 
 Every image has parameters of its own, as if torchvision's transforms had been called on each.
 Drawing is apart from applying: the same parameters can be applied by torchvision's functional
-operations (the tests do), on another device, or on a part of the batch by another process.
+operations (the tests do), on another device, or on a part of the batch by another process. Crops
+that another process made (stream.py) join at the colours: apply_colors.
 """
 
 import math
@@ -53,8 +54,31 @@ def draw_ssl(n, height, width, generator):
     Returns:
         SSLDraws, distributed as torchvision's get_params (ten tries of the crop included).
     """
-    u = torch.rand(n, 4 * CROP_TRIES + 11, generator=generator, dtype=torch.float64)
-    crop, u = u[:, : 4 * CROP_TRIES].view(n, 4, CROP_TRIES), u[:, 4 * CROP_TRIES :]
+    return ssl_draws(uniform_ssl(n, generator), height, width)
+
+
+def uniform_ssl(n, generator):
+    """Draw the uniform numbers that the parameters of n images are made of.
+
+    They ask for no image: pictures of many sizes share a generator, each with a row of its own.
+
+    Returns:
+        float64 [n, 51] in [0, 1).
+    """
+    return torch.rand(n, 4 * CROP_TRIES + 11, generator=generator, dtype=torch.float64)
+
+
+def ssl_draws(u, height, width):
+    """Turn uniform numbers into the parameters of images of one height and width.
+
+    Args:
+        u: rows of what `uniform_ssl` returned, float64 [n, 51].
+        height, width: in pixels.
+
+    Returns:
+        SSLDraws of n images.
+    """
+    crop, u = u[:, : 4 * CROP_TRIES].view(-1, 4, CROP_TRIES), u[:, 4 * CROP_TRIES :]
     low = torch.tensor([1 - s for s in STRENGTH[:3]] + [-STRENGTH[3]], dtype=torch.float64)
     factor = low + 2 * torch.tensor(STRENGTH, dtype=torch.float64) * u[:, 7:11]
     return SSLDraws(
@@ -127,7 +151,23 @@ def apply_ssl(pixels, draws, size, mean=None, std=None):
 
 
 def _ssl(pixels, draws, size, mean, std):
-    x = resized_crop(pixels, draws.box, draws.flip, size)
+    return _recolor(resized_crop(pixels, draws.box, draws.flip, size), draws, mean, std)
+
+
+def apply_colors(pixels, draws, size, mean=None, std=None):
+    """Do what apply_ssl does to images that are cropped and flipped already.
+
+    Args and Returns: as apply_ssl, with pixels [B, 3, S, S]; not changed.
+    """
+    return _by_pieces(_colors, pixels, draws, size, mean, std)
+
+
+def _colors(pixels, draws, size, mean, std):
+    return _recolor(to_float(pixels), draws, mean, std)
+
+
+def _recolor(x, draws, mean, std):
+    """Jitter, grey and normalise float images [B, 3, S, S], which are changed."""
     x = color_jitter(x, draws.jitter, draws.order, draws.factor)
     return normalize(grayscale(x, draws.gray), mean, std)
 

@@ -373,6 +373,21 @@ def test_what_evaluation_sees_is_resized_and_normalised_and_nothing_else(source,
     close(augment.apply_base(pixels, size, MEAN, STD), F.normalize(expected, MEAN, STD))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_colours_after_crops_are_the_ssl_augmentation_bit_by_bit(dtype):
+    pixels = random_bytes(24, 16, 16)
+    pixels = pixels if dtype == torch.uint8 else pixels.float() / 255
+    draws = augment.draw_ssl(24, 16, 16, generator(23))
+    uncropped = draws._replace(
+        box=torch.tensor([[0, 0, 16, 16]]).expand(24, -1), flip=torch.zeros(24, dtype=torch.bool)
+    )
+    before = pixels.clone()
+    found = augment.apply_colors(pixels, draws, 16, MEAN, STD)
+    assert torch.equal(found, augment.apply_ssl(pixels, uncropped, 16, MEAN, STD))
+    assert not torch.equal(found, augment.apply_base(pixels, 16, MEAN, STD))
+    assert torch.equal(pixels, before)
+
+
 CHAINS = {
     "ssl": lambda x, n: augment.apply_ssl(
         x, augment.draw_ssl(n, *x.shape[2:], generator(11)), 16, MEAN, STD
@@ -630,6 +645,24 @@ def test_no_crop_leaves_its_image(shape):
     assert min(height.min(), width.min()) >= 1
     assert (top + height).max() <= shape[0]
     assert (left + width).max() <= shape[1]
+
+
+def test_the_draws_of_a_seed_stay_what_they_were():
+    # Runs that were begun before go on with them.
+    draws = augment.draw_ssl(3, 40, 28, generator(3))
+    assert draws.box.tolist() == [[15, 11, 17, 15], [2, 0, 26, 23], [6, 1, 27, 26]]
+    assert draws.order.tolist() == [[1, 2, 0, 3], [0, 3, 2, 1], [1, 0, 3, 2]]
+    assert draws.factor[1].tolist() == pytest.approx([0.7805, 0.7499, 0.8913, -0.0657], abs=5e-5)
+    assert augment.draw_org(3, generator(3)).shift.tolist() == [[0, 2], [1, 6], [1, 3]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]} x {s[1]}")
+def test_an_image_of_any_size_has_the_draws_of_its_row_of_numbers(shape):
+    u = augment.uniform_ssl(40, generator(24))
+    whole = augment.draw_ssl(40, *shape, generator(24))
+    for i in range(40):
+        alone = augment.ssl_draws(u[i : i + 1], *shape)
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, whole, strict=True))
 
 
 DRAWERS = {

@@ -3,12 +3,14 @@
     train = load("cifar10", "train", data_dir="./datasets", size=32)
     train.pixels, train.labels          # uint8 [50000, 3, 32, 32], int64 [50000]
     load("folder:photos/odd", "test", data_dir="./datasets", size=64)
+    load("imagenet", "train", data_dir="./datasets", size=224, workers=8).pixels  # Files: on disk
 
 SETS is the table of facts: a row per set. Nothing here is random but the noise sets, the order of
 training and the choice of known outliers; each has a generator of its own.
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import os
@@ -33,6 +35,7 @@ IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 # Width of the narrowest crop of the training augmentation (a fifth of the area, 3:4) relative to
 # the short side: a larger picture has detail that no crop of it keeps.
 NARROWEST_CROP = math.sqrt(0.2 * 3 / 4)
+MEASURED_FILES = 2_000  # of a set on disk, of which mean and deviation are measured
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,15 @@ class ImageSet:
 
     Attributes:
         name: as it appears in logs and records.
-        pixels: uint8 [N, 3, H, W], or Noise; indexed by an int64 tensor either way.
+        pixels: uint8 [N, 3, H, W], or Noise or Files, of which images are made when they are asked
+            for; indexed by an int64 tensor either way.
         labels: int64 [N]; all 0 where the images have no classes.
         class_names: of the whole set, by label; None where the images have no classes.
         paths: where each image came from, None where images come many to a file.
     """
 
     name: str
-    pixels: "torch.Tensor | Noise"
+    pixels: "torch.Tensor | Noise | Files"
     labels: torch.Tensor
     class_names: tuple[str, ...] | None = None
     paths: tuple[str, ...] | None = None
@@ -105,6 +109,10 @@ class Noise:
             out[mine] = self._block(b)[self.index[mine] - b * NOISE_BLOCK]
         return out
 
+    def made_of(self):
+        """Return what the images are a function of: (text, tensor)."""
+        return f"{self.kind} {self.size} {self.seed};", self.index
+
     def _block(self, b):
         rng = np.random.default_rng([self.seed, *self.kind.encode(), b])
         shape = (NOISE_BLOCK, self.size, self.size, 3)
@@ -138,10 +146,68 @@ def blobs(coins):
     return blurred
 
 
+class Files:
+    """Uint8 images [N, 3, S, S] in files, decoded when they are asked for.
+
+    Args:
+        root: folder. names: paths of files below it.
+        size: S in pixels; images are made squares of it as by `decode`.
+        workers: images decoded at a time.
+        index: int64 [N], which of the names; None is all.
+    """
+
+    def __init__(self, root, names, size, workers, index=None):
+        # One array of bytes: a million objects would be copied by every process that counts
+        # references to them.
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.root, self.size, self.workers = str(root), size, workers
+        self.index = torch.arange(len(self._names)) if index is None else index
+
+    @property
+    def shape(self):
+        """(N, 3, S, S), as a tensor's."""
+        return (len(self.index), 3, self.size, self.size)
+
+    def __getitem__(self, index):
+        """Return the images at an int64 index [n] as smaller Files; nothing is decoded yet."""
+        chosen = copy.copy(self)
+        chosen.index = self.index[index]
+        return chosen
+
+    def paths(self):
+        """Return the paths of the files: list of N str."""
+        names = self._names[self.index.numpy()].tolist()
+        return [os.path.join(self.root, os.fsdecode(name)) for name in names]
+
+    def draw(self):
+        """Return all the images, uint8 [N, 3, S, S].
+
+        Raises:
+            UserError: names the file that can't be decoded.
+        """
+        out = torch.empty(self.shape, dtype=torch.uint8)
+        with ThreadPoolExecutor(self.workers) as pool:
+            for i, image in enumerate(pool.map(lambda f: square(f, self.size), self.paths())):
+                out[i] = image
+        return out
+
+    def made_of(self):
+        """Return what the images are taken to be a function of: (text, tensor).
+
+        That is the paths below `root` and the sizes of the files: their content would take hours
+        to read, so a file that is changed without changing its size is not noticed.
+        """
+        with ThreadPoolExecutor() as pool:
+            sizes = list(pool.map(os.path.getsize, self.paths()))
+        names = self._names[self.index.numpy()].tolist()
+        lines = b"".join(b"%s %d\0" % pair for pair in zip(names, sizes, strict=True))
+        return f"files {self.size};", torch.frombuffer(bytearray(lines), dtype=torch.uint8)
+
+
 def pixels_at(pixels, index):
     """Return the images at an int64 index [n]: uint8 or float32 [n, 3, H, W]."""
     chosen = pixels[index]
-    return chosen.draw() if isinstance(chosen, Noise) else chosen
+    return chosen if isinstance(chosen, torch.Tensor) else chosen.draw()
 
 
 # --- the sets -------------------------------------------------------------------------------------
@@ -153,6 +219,7 @@ class Facts:
 
     load: object  # function (request) -> ImageSet
     trains: bool  # whether it has a training split
+    large: bool = False  # whether its files are decoded when needed, unless the user says otherwise
     mean: tuple | None = None  # normalisation constants by channel; None: measured on the images
     std: tuple | None = None
 
@@ -169,21 +236,24 @@ class Request:
     crops: bool
     seed: int
     download: bool
+    workers: int
 
 
-def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True):
-    """Read one split of an image set into memory.
+def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True, workers=0):
+    """Read one split of an image set into memory, or find its files.
 
     Args:
         spec: a name of SETS; "folder:PATH" or "npz:PATH" say where, without PATH it is `data_dir`.
         split: "train" or "test".
         data_dir: folder that holds the named sets.
         size: side in pixels that the images will have; sets of files of many sizes (folder,
-            texture) and noise are made for it, the others come as they are.
-        crops: whether the images are for random crops: those of a folder then keep a short side of
-            2.6 * size, below which no crop would have `size` pixels of its own.
+            imagenet, texture) and noise are made for it, the others come as they are.
+        crops: whether the images are for random crops: those of a folder in memory then keep a
+            short side of 2.6 * size, below which no crop would have `size` pixels of its own.
         seed: of the noise sets.
         download: whether a missing set may be fetched from its official place.
+        workers: sets made of image files: 0 decodes all of them now; else they stay Files, of
+            which so many are decoded at a time.
 
     Returns:
         ImageSet.
@@ -196,11 +266,30 @@ def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True):
         raise UserError(f"{name} has no training images; it can only be an outlier set (--ood)")
     if name in WITH_PATH and path is None:
         path = Path(data_dir)
-    request = Request(name, path, split, Path(data_dir), size, crops, seed, download)
+    request = Request(name, path, split, Path(data_dir), size, crops, seed, download, workers)
     images = SETS[name].load(request)
     if not len(images):
         raise UserError(f"{spec}: no images in its {split} split")
     return images
+
+
+def default_workers(spec):
+    """Return how many files to decode at a time where nobody says: 0 is all of them at the start.
+
+    Args:
+        spec: of the in-distribution set, as for `load`.
+
+    Returns:
+        0, or for a set that is too large for that the processor's cores, shared among the
+        processes of this machine.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // _local_world()) if SETS[parse_spec(spec)[0]].large else 0
+
+
+def _local_world():
+    """How many processes of this program run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def has_split(spec, split, *, data_dir):
@@ -212,6 +301,8 @@ def has_split(spec, split, *, data_dir):
     path = path or Path(data_dir)
     if name == "folder":
         return (path / split).is_dir()
+    if name == "imagenet":
+        return (path / "imagenet" / IMAGENET_SPLITS[split]).is_dir()
     if name == "npz" and path.is_file():
         with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
             return f"{split}_images" in file.files
@@ -259,22 +350,23 @@ def rename(images, name):
 
 
 def to(images, device):
-    """Return an ImageSet with pixels and labels on a device, to stay there."""
-    return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))
+    """Return an ImageSet with pixels and labels on a device, to stay there; Files stay files."""
+    pixels = images.pixels if isinstance(images.pixels, Files) else images.pixels.to(device)
+    return replace(images, pixels=pixels, labels=images.labels.to(device))
 
 
 def fingerprint(pixels, labels):
     """Return the sha256 (hex) of images and their labels, wherever they came from.
 
     Args:
-        pixels: tensor [N, ...], or Noise, of which it is that of what its images are drawn from.
+        pixels: tensor [N, ...], or Noise or Files, of which it is that of what they are made of.
         labels: tensor [N].
     """
     digest = hashlib.sha256(usedforsecurity=False)
-    arrays = [labels, pixels.index if isinstance(pixels, Noise) else pixels]
-    if isinstance(pixels, Noise):
-        digest.update(f"{pixels.kind} {pixels.size} {pixels.seed};".encode())
-    for array in (a.cpu().contiguous().numpy() for a in arrays):
+    if isinstance(pixels, (Noise, Files)):
+        text, pixels = pixels.made_of()
+        digest.update(text.encode())
+    for array in (a.cpu().contiguous().numpy() for a in (labels, pixels)):
         digest.update(f"{array.dtype} {array.shape};".encode())
         digest.update(array)
     return digest.hexdigest()
@@ -291,7 +383,8 @@ def normalisation(spec, images):
 
     Args:
         spec: as for `load`.
-        images: the training ImageSet; measured only where the table has no constants.
+        images: the training ImageSet; measured only where the table has no constants, and of
+            more than 2,000 files on 2,000 that are always the same.
 
     Returns:
         two lists of three numbers.
@@ -300,8 +393,11 @@ def normalisation(spec, images):
     if facts.mean is not None:
         return list(facts.mean), list(facts.std)
     total, square, count = torch.zeros(3).double(), torch.zeros(3).double(), 0
-    for chunk in images.pixels.split(256):
-        x = chunk.double() / 255
+    index = torch.arange(len(images))
+    if isinstance(images.pixels, Files):
+        index = epoch_order(len(images), 0, 0)[:MEASURED_FILES]
+    for rows in index.split(256):
+        x = pixels_at(images.pixels, rows).double() / 255
         total += x.sum(dim=(0, 2, 3))
         square += x.square().sum(dim=(0, 2, 3))
         count += x[:, 0].numel()
@@ -494,48 +590,86 @@ def _folder(request):
         chosen = root / request.split
     if not chosen.is_dir():
         raise UserError(f"folder: {root} has no folder {request.split}/ with images in it")
-    names = sorted({c.name for s in splits for c in _class_folders(s)})
-    files, labels = [], []
-    for folder in _class_folders(chosen) or [chosen]:
-        found = image_files(folder)
-        files += found
-        labels += [names.index(folder.name) if names and folder != chosen else 0] * len(found)
-    if not files:
+    classes = {split: _classes(split) for split in splits}
+    names = sorted({name for found in classes.values() for name in found})
+    found = classes[chosen]
+    by_class = found or {None: image_files(chosen)}
+    if not any(by_class.values()):
         raise UserError(f"folder: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {chosen}")
-    has_classes = tuple(names) if _class_folders(chosen) else None
-    side = math.ceil(request.size / NARROWEST_CROP) if request.crops else request.size
-    return ImageSet(name, decode(files, side, request.size), torch.tensor(labels),
-                    has_classes, tuple(str(f) for f in files))
+    return _of_files(name, request, chosen, by_class, names if found else None)
 
 
-def _class_folders(folder):
-    """Subfolders that hold images, by name; none where images lie in `folder` itself."""
-    below = sorted(d for d in folder.iterdir()
-                   if d.is_dir() and not d.name.startswith(".") and image_files(d))
-    if any(_is_image(f) for f in folder.iterdir()):
+IMAGENET_SPLITS = {"train": "train", "test": "val"}
+
+
+def _imagenet(request):
+    """ImageNet as ILSVRC 2012 comes: imagenet/train/CLASS/*.JPEG and imagenet/val/CLASS/*.JPEG."""
+    root = request.data_dir / "imagenet"
+    chosen = root / IMAGENET_SPLITS[request.split]
+    place = f"put its images in {chosen}/CLASS/*.JPEG, with a folder for each class"
+    if not chosen.is_dir():
+        raise UserError(f"imagenet: not found in {chosen}; {place}")
+    splits = [root / s for s in IMAGENET_SPLITS.values() if (root / s).is_dir()]
+    names = sorted({d.name for s in splits for d in _folders(s)})
+    by_class = {d.name: image_files(d) for d in _folders(chosen)}
+    if not any(by_class.values()):
+        raise UserError(f"imagenet: no images in the class folders of {chosen}; {place}")
+    return _of_files("imagenet", request, chosen, by_class, names)
+
+
+def _of_files(name, request, root, by_class, names):
+    """Make an ImageSet of image files below `root`, {class: [path]}; `names` of all classes."""
+    files = [f for found in by_class.values() for f in found]
+    labels = torch.tensor([names.index(c) if names else 0 for c, found in by_class.items()
+                           for _ in found])
+    if request.workers:
+        below = [os.path.relpath(f, root) for f in files]
+        pixels = Files(root, below, request.size, request.workers)
+    else:
+        most = math.ceil(request.size / NARROWEST_CROP) if request.crops else request.size
+        pixels = decode(files, most, request.size)
+    return ImageSet(name, pixels, labels, names and tuple(names), tuple(files))
+
+
+def _folders(folder):
+    """The folders in a folder, by name; hidden ones are none."""
+    return sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def _classes(folder):
+    """{name of a subfolder: its images}, by name; none where images lie in `folder` itself."""
+    below = {d.name: files for d in _folders(folder) if (files := image_files(d))}
+    if any(_is_image(entry) for entry in os.scandir(folder)):
         if below:
             utils.note(f"{folder} holds images beside its folders of images; all are read as "
                        "images without classes")
-        return []
+        return {}
     return below
 
 
 def image_files(folder):
-    """Return the paths of images at any depth, sorted; what lies in a hidden folder is hidden."""
-    found, seen = [], set()
-    for at, folders, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(at)
-        folders[:] = [] if here in seen else [d for d in folders if not d.startswith(".")]
-        if here not in seen:  # a link may lead back up
-            found += [f for f in (Path(at, name) for name in files) if _is_image(f)]
-        seen.add(here)
-    return sorted(found)
+    """Return the paths (str) of images at any depth, sorted by their parts.
+
+    What lies in a hidden folder is hidden; a folder that links lead to twice is read once. The
+    type of an entry comes with its name: a million files are listed without asking for each.
+    """
+    found, seen, left = [], set(), [str(folder)]
+    while left:
+        here = left.pop()
+        real = os.path.realpath(here)
+        if real in seen:  # a link may lead back up
+            continue
+        seen.add(real)
+        with os.scandir(here) as entries:
+            entries = sorted((e for e in entries), key=lambda e: e.name, reverse=True)
+        left += [e.path for e in entries if e.is_dir() and not e.name.startswith(".")]
+        found += [e.path for e in entries if _is_image(e)]
+    return sorted(found, key=lambda path: path.split(os.sep))
 
 
-def _is_image(path):
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _is_image(entry):
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
 
 
 def _texture(request):
@@ -544,16 +678,14 @@ def _texture(request):
     found = next((p for p in places if p.is_dir()), None)
     if found is None:
         found = _download_dtd(request, places)
-    classes = _class_folders(found)
-    files = [(f, label) for label, c in enumerate(classes) for f in image_files(c)]
-    if not files:
+    by_class = _classes(found)
+    n = sum(map(len, by_class.values()))
+    if not n:
         raise UserError(f"texture: no images in the class folders of {found}")
-    if len(files) != DTD_IMAGES:
-        utils.note(f"texture: {found} holds {len(files)} images of {len(classes)} classes; the "
+    if n != DTD_IMAGES:
+        utils.note(f"texture: {found} holds {n} images of {len(by_class)} classes; the "
                    f"whole of DTD has {DTD_IMAGES} of 47, which published numbers are of")
-    return ImageSet("texture", decode([f for f, _ in files], request.size),
-                    torch.tensor([label for _, label in files]),
-                    tuple(c.name for c in classes), tuple(str(f) for f, _ in files))
+    return _of_files("texture", request, found, by_class, list(by_class))
 
 
 def _download_dtd(request, places):
@@ -586,18 +718,31 @@ def decode(files, most, least=None):
         uint8 [N, 3, S, S].
 
     Raises:
-        UserError: names the file that can't be decoded, or is grey of more than 8 bits. (Of 16-bit
-            colour PIL takes the upper 8 bits, which is right.)
+        UserError: names the file that can't be decoded, or is grey of more than 8 bits (of 16-bit
+            colour PIL takes the upper 8 bits, which is right); the squares don't fit into memory.
     """
+    least = most if least is None else least
+    _check_memory(len(files), least)
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
         side = most
-        if least is not None and least < most:
+        if least < most:
             side = max(least, min(most, *pool.map(_short_side, files)))
-        first = _square(files[0], side)
-        out = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-        for i, image in enumerate(pool.map(lambda f: _square(f, side), files)):
+            _check_memory(len(files), side)
+        out = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+        for i, image in enumerate(pool.map(lambda f: square(f, side), files)):
             out[i] = image
     return out
+
+
+def _check_memory(n, side):
+    """Stop if n decoded images of this side are more than the memory that is left."""
+    copies = _local_world()  # every process of this machine holds one
+    needed, left = copies * n * 3 * side**2, utils.available_memory()
+    if needed > left:
+        raise UserError(
+            f"{n} images of {side} pixels take {needed / 2**30:.1f} GiB of memory"
+            f"{f' in {copies} processes' if copies > 1 else ''}, and {left / 2**30:.1f} GiB are "
+            "left; with --workers 4, say, they are decoded as they are needed")
 
 
 def _short_side(path):
@@ -610,8 +755,12 @@ def _short_side(path):
         raise UserError(f"cannot decode the image {path}: {_reason(error)}") from None
 
 
-def _square(path, side):
-    """Decode one file to uint8 [3, side, side]."""
+def picture(path):
+    """Decode one file to an RGB image of PIL.
+
+    Raises:
+        UserError: names the file; as `decode`.
+    """
     from PIL import Image
 
     try:
@@ -619,11 +768,18 @@ def _square(path, side):
             if image.mode.startswith(("I", "F")):  # "RGB" would clip these at 255
                 raise UserError(f"the image {path} has more than 8 bits a channel (PIL mode "
                                 f"{image.mode}); convert it to 8 bits")
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except UserError:
         raise
     except Exception as error:  # PIL raises many types on broken files; each means the same here
         raise UserError(f"cannot decode the image {path}: {_reason(error)}") from None
+
+
+def square(path, side):
+    """Decode one file to uint8 [3, side, side], as `decode` does."""
+    from PIL import Image
+
+    image = picture(path)
     scale = side / min(image.size)
     if scale != 1:
         # torchvision's Resize(int): the long side is cut down to a whole number of pixels
@@ -631,7 +787,11 @@ def _square(path, side):
                          for s in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((s - side) / 2) for s in image.size)
-    image = image.crop((left, top, left + side, top + side))
+    return to_tensor(image.crop((left, top, left + side, top + side)))
+
+
+def to_tensor(image):
+    """Return an RGB image of PIL as uint8 [3, height, width]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -651,6 +811,7 @@ SETS = {
     "mnist": Facts(_mnist, True),
     "digits": Facts(_digits, True),
     "folder": Facts(_folder, True),
+    "imagenet": Facts(_imagenet, True, large=True),
     "npz": Facts(_npz, True),
     "texture": Facts(_texture, False),
     "blobs": Facts(_noise, False),

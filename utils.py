@@ -350,6 +350,20 @@ def versions():
     return found
 
 
+def available_memory():
+    """Return the bytes that this process may still take: of the machine, and of its cgroups."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    here = next((g[3:].strip("/") for g in groups if g.startswith("0::")), "")
+    for folder in (Path("/sys/fs/cgroup", here), *Path("/sys/fs/cgroup", here).parents):
+        with contextlib.suppress(OSError, ValueError):  # no such limit: no file, or "max"
+            limit = int((folder / "memory.max").read_text())
+            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left.append(limit - int(used["anon"]))  # what is cached gives way
+    return min(left, default=math.inf)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ def draw_ssl(n, height, width, generator):
     Returns:
         SSLDraws, distributed as torchvision's get_params (ten tries of the crop included).
     """
-    return ssl_draws(uniform_ssl(n, generator), height, width)
+    u = uniform_ssl(n, generator)
+    return ssl_draws(u, ssl_boxes(u, height, width))
 
 
 def uniform_ssl(n, generator):
@@ -68,21 +69,21 @@ def uniform_ssl(n, generator):
     return torch.rand(n, 4 * CROP_TRIES + 11, generator=generator, dtype=torch.float64)
 
 
-def ssl_draws(u, height, width):
-    """Turn uniform numbers into the parameters of images of one height and width.
+def ssl_draws(u, box):
+    """Turn uniform numbers into parameters.
 
     Args:
         u: rows of what `uniform_ssl` returned, float64 [n, 51].
-        height, width: in pixels.
+        box: of the same rows, from `ssl_boxes`.
 
     Returns:
         SSLDraws of n images.
     """
-    crop, u = u[:, : 4 * CROP_TRIES].view(-1, 4, CROP_TRIES), u[:, 4 * CROP_TRIES :]
+    u = u[:, 4 * CROP_TRIES :]
     low = torch.tensor([1 - s for s in STRENGTH[:3]] + [-STRENGTH[3]], dtype=torch.float64)
     factor = low + 2 * torch.tensor(STRENGTH, dtype=torch.float64) * u[:, 7:11]
     return SSLDraws(
-        box=_draw_boxes(crop, height, width),
+        box=box,
         flip=u[:, 0] < FLIP,
         jitter=u[:, 1] < JITTER,
         order=u[:, 3:7].argsort(dim=1),
@@ -91,8 +92,17 @@ def ssl_draws(u, height, width):
     )
 
 
-def _draw_boxes(u, height, width):
-    """Uniform numbers [n, 4, tries] -> boxes [n, 4]: the first try that fits, else the centre."""
+def ssl_boxes(u, height, width):
+    """Turn uniform numbers into crops: the first of ten tries that fits, else the centre.
+
+    Args:
+        u: rows of what `uniform_ssl` returned, float64 [n, 51].
+        height, width: of these n images, in pixels.
+
+    Returns:
+        int64 [n, 4]: top, left, height, width.
+    """
+    u = u[:, : 4 * CROP_TRIES].view(-1, 4, CROP_TRIES)
     area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * u[:, 0])
     log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     ratio = torch.exp(log_low + (log_high - log_low) * u[:, 1])

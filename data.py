@@ -12,6 +12,7 @@ training and the choice of known outliers; each has a generator of its own.
 import contextlib
 import copy
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -197,8 +198,11 @@ class Files:
         That is the paths below `root` and the sizes of the files: their content would take hours
         to read, so a file that is changed without changing its size is not noticed.
         """
+        paths = self.paths()
+        parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
         with ThreadPoolExecutor() as pool:
-            sizes = list(pool.map(os.path.getsize, self.paths()))
+            sizes = pool.map(lambda part: [os.path.getsize(path) for path in part], parts)
+            sizes = list(itertools.chain.from_iterable(sizes))
         names = self._names[self.index.numpy()].tolist()
         lines = b"".join(b"%s %d\0" % pair for pair in zip(names, sizes, strict=True))
         return f"files {self.size};", torch.frombuffer(bytearray(lines), dtype=torch.uint8)

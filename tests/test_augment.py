@@ -661,7 +661,8 @@ def test_an_image_of_any_size_has_the_draws_of_its_row_of_numbers(shape):
     u = augment.uniform_ssl(40, generator(24))
     whole = augment.draw_ssl(40, *shape, generator(24))
     for i in range(40):
-        alone = augment.ssl_draws(u[i : i + 1], *shape)
+        row = u[i : i + 1]
+        alone = augment.ssl_draws(row, augment.ssl_boxes(row, *shape))
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, whole, strict=True))
 
 

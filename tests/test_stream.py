@@ -1,0 +1,162 @@
+"""stream.py: batches of files are torchvision's crops, whoever decodes them, in how many parts."""
+
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+
+import augment
+import data
+import stream
+import utils
+from utils import UserError
+
+SEED, EPOCH, SIZE = 5, 2, 16
+SHAPES = [(40, 24), (17, 30), (33, 33), (9, 50), (16, 16), (8, 12), (60, 21)]  # height, width
+
+
+def write(folder, shapes, suffix=".png", **kwargs):
+    """Write pictures of random bytes, smooth enough for JPEG; returns their paths."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i:02d}{suffix}" for i in range(len(shapes))]
+    for path, (height, width) in zip(paths, shapes, strict=True):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image.save(path, **kwargs)
+    return paths
+
+
+def files_of(paths, workers=1, size=SIZE):
+    return data.Files(paths[0].parent, [p.name for p in paths], size, workers)
+
+
+def everything(n):
+    return slice(0, n)
+
+
+def batches(files, batch_size=3, augmentation="ssl", share=everything, **kwargs):
+    order = data.epoch_order(len(files.index), SEED, EPOCH).split(batch_size)
+    views = 2 if augmentation == "ssl" else 1
+    settings = dict(views=views, size=SIZE, seed=SEED, epoch=EPOCH) | kwargs
+    return list(stream.batches(files, augmentation, order, share, **settings))
+
+
+def assert_equal(one, other):
+    assert len(one) == len(other)
+    for (x, draws), (y, others) in zip(one, other, strict=True):
+        assert torch.equal(x, y)
+        assert all(torch.equal(a, b) for a, b in zip(draws, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".png", "RGB"), (".jpg", "RGB"), (".png", "L"), (".JPEG", "CMYK")]
+)
+def test_crops_are_torchvisions_of_the_whole_picture_to_the_last_bit(tmp_path, suffix, mode):
+    paths = write(tmp_path / "a", SHAPES, suffix)
+    for path in paths:
+        Image.open(path).convert(mode).save(path)
+    order = data.epoch_order(len(paths), SEED, EPOCH).split(3)
+    found = batches(files_of(paths))
+    assert [len(x) for x, _ in found] == [6, 6, 2]  # two views of 3, 3, 1
+    for step, ((pixels, draws), index) in enumerate(zip(found, order, strict=True)):
+        u = augment.uniform_ssl(
+            2 * len(index), utils.generator(SEED, "augment", EPOCH, step)
+        )
+        for row in range(2 * len(index)):
+            image = Image.open(paths[index[row % len(index)]]).convert("RGB")
+            own = u[row : row + 1]
+            own = augment.ssl_draws(own, augment.ssl_boxes(own, image.height, image.width))
+            expected = F.resized_crop(image, *own.box[0].tolist(), [SIZE, SIZE])
+            expected = F.hflip(expected) if own.flip[0] else expected
+            assert torch.equal(pixels[row], F.pil_to_tensor(expected))
+            assert all(torch.equal(a[0], b[row]) for a, b in zip(own, draws, strict=True))
+
+
+def test_crops_of_squares_differ_from_those_in_memory_by_rounding_alone(tmp_path):
+    # A square that is no larger than 2.6 times the crop stands in memory as it is, and its draws
+    # are the same numbers. PIL rounds to whole levels after each of its two passes: half a level,
+    # of which the second pass takes a weighted mean, and half a level.
+    write(tmp_path / "train", [(40, 40)] * 24)
+    where = dict(data_dir=tmp_path, size=SIZE, crops=True)
+    resident = data.load("folder", "train", **where).pixels
+    assert resident.shape == (24, 3, 40, 40)
+    files = data.load("folder", "train", workers=1, **where).pixels
+    (pixels, draws), = batches(files, batch_size=24)
+    order = data.epoch_order(24, SEED, EPOCH)
+    theirs = augment.draw_ssl(48, 40, 40, utils.generator(SEED, "augment", EPOCH, 0))
+    assert all(torch.equal(a, b) for a, b in zip(draws, theirs, strict=True))
+    in_memory = augment.resized_crop(resident[order].repeat(2, 1, 1, 1), draws.box, draws.flip, 16)
+    difference = pixels.double() - 255 * in_memory.double()
+    assert difference.abs().max() < 1.02
+    # Halves are rounded up, and a window of 16 or 32 pixels makes many of them
+    assert difference.mean().abs() < 0.05
+
+
+def test_squares_for_shifts_and_flips_are_those_of_evaluation(tmp_path):
+    files = files_of(write(tmp_path / "a", SHAPES))
+    found = batches(files, augmentation="org")
+    order = data.epoch_order(len(SHAPES), SEED, EPOCH).split(3)
+    for step, ((pixels, draws), index) in enumerate(zip(found, order, strict=True)):
+        assert torch.equal(pixels, files[index].draw())
+        theirs = augment.draw_org(len(index), utils.generator(SEED, "augment", EPOCH, step))
+        assert all(torch.equal(a, b) for a, b in zip(draws, theirs, strict=True))
+
+
+@pytest.mark.parametrize("augmentation", ["ssl", "org"])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_neither_workers_nor_a_resume_change_a_batch(tmp_path, augmentation, first):
+    paths = write(tmp_path / "a", SHAPES)
+    torch.manual_seed(first)  # the global stream must not matter
+    expected = batches(files_of(paths, 1), augmentation=augmentation)
+    state = torch.get_rng_state()
+    found = batches(files_of(paths, 3), augmentation=augmentation, first=first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_equal(found, expected[first:])
+
+
+@pytest.mark.parametrize("augmentation", ["ssl", "org"])
+def test_the_shares_of_processes_are_parts_of_the_batch_of_one(tmp_path, augmentation):
+    files = files_of(write(tmp_path / "a", SHAPES))
+    whole = batches(files, 5, augmentation)
+    cuts = (lambda n: slice(0, n // 3), lambda n: slice(n // 3, n // 2), lambda n: slice(n // 2, n))
+    parts = [batches(files, 5, augmentation, cut) for cut in cuts]
+    views = 2 if augmentation == "ssl" else 1
+    for step, (pixels, draws) in enumerate(whole):
+        for field in range(1 + len(draws)):
+            expected = (pixels, *draws)[field]
+            mine = [(part[step][0], *part[step][1])[field] for part in parts]
+            mine = [m.unflatten(0, (views, len(m) // views)) for m in mine]  # some are empty
+            assert torch.equal(torch.cat(mine, dim=1).flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("augmentation", ["ssl", "org"])
+def test_a_broken_file_ends_with_its_name_from_inside_a_worker(tmp_path, augmentation):
+    paths = write(tmp_path / "a", SHAPES)
+    paths[4].write_bytes(paths[4].read_bytes()[:60])
+    with pytest.raises(UserError, match=r"cannot decode the image .*a/04\.png") as caught:
+        batches(files_of(paths, 2), augmentation=augmentation)
+    assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_workers_leave_signals_to_their_parent_and_end_when_it_stops_asking(tmp_path, name):
+    files = files_of(write(tmp_path / "a", SHAPES), 2)
+    order = data.epoch_order(len(SHAPES), SEED, EPOCH).split(1)
+    made = stream.batches(files, "ssl", order, everything, views=2, size=SIZE, seed=SEED,
+                          epoch=EPOCH)
+    next(made)  # both have begun
+    next(made)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        os.kill(child.pid, getattr(signal, name))
+    assert len(next(made)[0]) == 2
+    assert all(child.is_alive() for child in children)
+    made.close()
+    assert not any(child.is_alive() for child in children)

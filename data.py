@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
 import utils
 from utils import UserError
 
@@ -288,12 +289,7 @@ def default_workers(spec):
         processes of this machine.
     """
     cores = len(os.sched_getaffinity(0))
-    return max(1, cores // _local_world()) if SETS[parse_spec(spec)[0]].large else 0
-
-
-def _local_world():
-    """How many processes of this program run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores // distributed.local_world()) if SETS[parse_spec(spec)[0]].large else 0
 
 
 def has_split(spec, split, *, data_dir):
@@ -740,7 +736,8 @@ def decode(files, most, least=None):
 
 def _check_memory(n, side):
     """Stop if n decoded images of this side are more than the memory that is left."""
-    copies = _local_world()  # every process of this machine holds one
+    # Every process of this machine holds a copy, and the first of them goes first
+    copies = distributed.local_world() - (distributed.local_rank() > 0)
     needed, left = copies * n * 3 * side**2, utils.available_memory()
     if needed > left:
         raise UserError(

@@ -31,10 +31,11 @@ import utils
 from utils import UserError
 
 # Flags that say where things are and how often they are written: no weight depends on them, so a
-# run may be continued with others. Mean and deviation follow from the images, which have a hash.
+# run may be continued with others. Mean and deviation follow from the images, which have a hash, or
+# were given: then they stand in "constants" too. Whether there are workers stands in "in_files".
 UNCOUNTED = ("config", "results_dir", "exp_name", "data_dir", "no_download", "no_resume",
              "print_freq", "save_freq", "save_steps", "fast", "method", "gpu",
-             "mean", "std")
+             "workers", "mean", "std")
 
 
 # --- which run ------------------------------------------------------------------------------------

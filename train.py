@@ -77,6 +77,15 @@ def parser():
                        help="side of images in pixels")
     group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=False,
                        help="normalise colours with the data set's constants")
+    group.add_argument("--mean", type=number(float, 0, 1), nargs=3, metavar=("R", "G", "B"),
+                       help="for --normalize, from 0 to 1 (default: the data set's, measured where "
+                       "it has none)")
+    group.add_argument("--std", type=number(float, above=0, high=1), nargs=3,
+                       metavar=("R", "G", "B"), help="goes with --mean")
+    group.add_argument("--workers", type=number(int, 0, 1024), metavar="N",
+                       help="processes that decode and crop images of folder and imagenet as they "
+                       "are needed; 0 decodes all into memory first (default: 0, for imagenet the "
+                       "processor's cores)")
 
     group = p.add_argument_group("optimisation")
     group.add_argument("--epochs", type=number(int, 1), default=500,
@@ -147,6 +156,14 @@ def _check_batches(n, batch_size, size, mode, sync_bn):
                         "few for batch norm at --size 8; choose another")
 
 
+def _check_constants(mean, std, normalize):
+    """Stop if constants of normalisation were given that would mean nothing."""
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together: one is given without the other")
+    if mean is not None and not normalize:
+        raise UserError("--mean and --std are what --normalize normalises with, and that is off")
+
+
 def _note_what_differs(path, config, **settings):
     """Say which settings a checkpoint to start from was trained with otherwise."""
     for key, value in settings.items():
@@ -187,6 +204,7 @@ def main(argv=None):
     distributed.start()
     lead = distributed.is_lead()  # the one process that writes
     mode = trainers.MODES[args.training_mode]
+    _check_constants(args.mean, args.std, args.normalize)
     for flag in ("method", "gpu"):
         if getattr(args, flag) is not None:
             utils.note(f"--{flag} does nothing")
@@ -200,12 +218,17 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic  # shapes hardly ever change
 
-    # Images: the whole set on the device, as uint8
-    where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download)
+    # Images: the whole set on the device, as uint8; or in files, for workers to decode
+    workers = data.default_workers(args.dataset) if args.workers is None else args.workers
+    where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download,
+                 workers=workers)
     with distributed.first_on_machine():  # which may have to download
         train = data.load(args.dataset, "train", crops=True, **where)
         has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
         test = data.load(args.dataset, "test", **where) if has_test else None
+    in_files = isinstance(train.pixels, data.Files)
+    if args.workers and not in_files:
+        utils.note(f"--workers does nothing: {args.dataset} is not a set of image files")
     if args.in_classes:
         train = data.restrict(train, args.in_classes)
         test = data.restrict(test, args.in_classes) if has_test else None
@@ -217,7 +240,9 @@ def main(argv=None):
     if args.training_mode == "SupCE" and num_classes < classes:
         raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
     _check_batches(len(train), args.batch_size, args.size, mode, args.sync_bn)
-    mean, std = data.normalisation(args.dataset, train) if args.normalize else (None, None)
+    mean, std = args.mean, args.std
+    if args.normalize and mean is None:
+        mean, std = data.normalisation(args.dataset, train)
     hashes = {split: images and data.fingerprint(images.pixels, images.labels)
               for split, images in (("train", train), ("test", test))}
     train = data.to(train, device)
@@ -251,6 +276,8 @@ def main(argv=None):
         "num_classes": num_classes, "mean": mean, "std": std,
         "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
         "dataset": data.absolute(args.dataset),
+        "in_files": in_files,  # the crops are others than of images in memory
+        "constants": args.mean and [args.mean, args.std],  # as given; measured ones don't count
     }
     places = ("config", "data_dir", "results_dir")  # may be others on another machine
     _compare({f"--{key.replace('_', '-')}": config[key] for key in config if key not in places}

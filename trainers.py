@@ -18,6 +18,7 @@ import augment
 import data
 import distributed
 import features
+import stream
 import utils
 from losses import SupConLoss
 
@@ -82,7 +83,8 @@ class Step:
     Args:
         network: what models.build_model returned, on its device. Changed by every call.
         optimizer: torch.optim.SGD of its parameters. Changed by every call.
-        images: data.ImageSet; its pixels and labels on the device of the network.
+        images: data.ImageSet; its labels and its pixels, unless those are in files, on the device
+            of the network.
         mode: a value of MODES.
         size: S in pixels. mean, std: normalisation constants or None. temperature: of the loss.
         seed: with the place in the run, decides every random draw.
@@ -107,18 +109,39 @@ class Step:
         self._precision, self._channels_last = precision, channels_last
         self._empty_share = sync_bn  # whether the network takes a batch of no images
         self._forward = distributed.parallel(network)
-        self._apply = AUGMENTATIONS[mode.augmentation]
+        self._in_files = isinstance(images.pixels, data.Files)
+        self._apply = (AFTER_WORKERS if self._in_files else AUGMENTATIONS)[mode.augmentation]
         if compile:
             self._forward = torch.compile(self._forward, dynamic=False)
             self._apply = torch.compile(self._apply, dynamic=False)
 
-    def __call__(self, index, epoch, step, lr, momentum):
+    def ahead(self, order, epoch, first):
+        """Yield for each step of an epoch what of its batch is made before it.
+
+        Args:
+            order: sequence of int64 [B] on the CPU, the images of each batch.
+            epoch: as for a call. first: step to begin with.
+
+        Yields:
+            what stream.batches does where images are in files, else None.
+        """
+        if not self._in_files:
+            yield from [None] * (len(order) - first)
+        else:
+            yield from stream.batches(
+                self.images.pixels, self.mode.augmentation, order, self._rows,
+                views=self.mode.views, size=self._size, seed=self._seed, epoch=epoch, first=first,
+                pin=self._device.type == "cuda",
+            )
+
+    def __call__(self, index, epoch, step, lr, momentum, made=None):
         """Train on a batch.
 
         Args:
             index: int64 [B] on the device, which images, of the batch of all processes.
             epoch, step: the place in the run, of which the draws are a function.
             lr, momentum: of the update.
+            made: what `ahead` yielded for the step.
 
         Returns:
             float scalar on the device, the loss before the update; of several processes the part of
@@ -130,7 +153,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
         try:
-            loss = self._backward(index, epoch, step)
+            loss = self._backward(index, epoch, step, made)
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         else:
@@ -140,13 +163,20 @@ class Step:
         raise utils.RunError(f"out of GPU memory in a step of {len(index)} images ({reason}); "
                              f"{f'--batch-size {fits} fits' if fits else 'one image does not fit'}")
 
-    def _backward(self, index, epoch, step):
+    def _rows(self, n):
+        """The rows of a batch of n of which this process makes the views."""
+        mine = distributed.share(n)
+        # Where it has none, an image stands in: its views are computed and do not count
+        return mine if mine.stop > mine.start or self._empty_share else slice(0, 1)
+
+    def _backward(self, index, epoch, step, made):
         """The loss of a batch, its gradients left in the parameters."""
-        mine = distributed.share(len(index))
+        mine, seen = distributed.share(len(index)), self._rows(len(index))
         images = mine.stop - mine.start
-        # Where a process has none, an image stands in: its views are computed and do not count
-        seen = mine if images or self._empty_share else slice(0, 1)
-        x = self.views(self.images.pixels[index[seen]], epoch, step, seen, len(index))
+        if made is None:
+            x = self.views(self.images.pixels[index[seen]], epoch, step, seen, len(index))
+        else:
+            x = self._augment(*made)
         with utils.autocast(self._device, self._precision):
             out = self._forward(x)  # [views * b, 128 or classes]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -164,7 +194,8 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                x = self.views(self.images.pixels[index[:images]], 0, 0)
+                pixels = data.pixels_at(self.images.pixels, index[:images].cpu())
+                x = self.views(pixels.to(self._device), 0, 0)
                 with utils.autocast(self._device, self._precision):
                     out = self.network(x)
                 out.float().square().sum().backward()
@@ -198,13 +229,18 @@ class Step:
             draws = augment.draw_org(count, generator)
         if rows is not None and len(pixels) < batch:
             draws = augment.take(draws, torch.arange(count).view(-1, batch)[:, rows].flatten())
+        return self._augment(pixels.repeat(self.mode.views, 1, 1, 1), draws)
+
+    def _augment(self, pixels, draws):
+        """Bring images and draws to the device and apply these."""
         draws = augment.to(draws, self._device)
-        pixels = pixels.repeat(self.mode.views, 1, 1, 1)
+        pixels = pixels.to(self._device, non_blocking=True)
         x = self._apply(pixels, draws, self._size, self._mean, self._std)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
 
 AUGMENTATIONS = {"ssl": augment.apply_ssl, "org": augment.apply_org}
+AFTER_WORKERS = {"ssl": augment.apply_colors, "org": augment.apply_org}  # that decoded and cropped
 
 
 def fast_settings(device):
@@ -250,16 +286,18 @@ def train_epoch(
     train_step.network.train()
     images, views = train_step.images, train_step.mode.views
     device = images.labels.device
-    batches = data.epoch_order(len(images), seed, draws).to(device).split(batch_size)
+    order = data.epoch_order(len(images), seed, draws)
+    batches = order.to(device).split(batch_size)
     every = torch.zeros(len(batches), device=device)
     if losses is not None and distributed.is_lead():
         every[:first] = losses.to(device)
     seen, began = 0, time.perf_counter()
     left = range(first, len(batches))
     with tqdm(left, desc=f"epoch {epoch}", leave=False, initial=first, total=len(batches),
-              disable=None if distributed.is_lead() else True) as bar:
-        for step in bar:
-            every[step] = train_step(batches[step], draws, step, *rates(epoch, step))
+              disable=None if distributed.is_lead() else True) as bar, \
+            contextlib.closing(train_step.ahead(order.split(batch_size), draws, first)) as ahead:
+        for step, made in zip(bar, ahead, strict=True):
+            every[step] = train_step(batches[step], draws, step, *rates(epoch, step), made)
             seen += views * len(batches[step])
             if (step + 1) % print_freq == 0 or step + 1 == len(batches):
                 whole = distributed.total(every[: step + 1])

@@ -73,6 +73,9 @@ def program(main, bad_input=()):
     except Exception as error:
         if "DefaultCPUAllocator" in str(error):
             _die("out of memory; a smaller --batch-size or --size helps", 1)
+        if "DataLoader worker" in str(error):  # torch's words when one was killed
+            _die(f"a process that decodes images has ended: {str(error).splitlines()[0]} Less "
+                 "memory is taken by fewer --workers and a smaller --batch-size", 1)
         if distributed.is_loss(error):
             distributed.wait_for_the_end()
             _die("lost the other processes", 1)
@@ -181,10 +184,13 @@ def _convert(action, value):
         if not isinstance(value, bool):
             raise ValueError("true or false is needed")
         return value
-    if isinstance(value, list) != (action.nargs in ("+", "*")):
+    fixed = isinstance(action.nargs, int)
+    if isinstance(value, list) != (fixed or action.nargs in ("+", "*")):
         if isinstance(value, list):
             raise ValueError("one value is needed, not a list")
         value = [value]
+    if fixed and len(value) != action.nargs:
+        raise ValueError(f"a list of {action.nargs} values is needed")
     if isinstance(value, list):
         if not value:
             raise ValueError("at least one value is needed")
@@ -204,7 +210,8 @@ def _convert_one(action, value):
 
 
 def _metavar(action):
-    return action.metavar or (action.choices and "one of its choices") or "a value"
+    name = action.metavar or (action.choices and "one of its choices") or "a value"
+    return " ".join(name) if isinstance(name, tuple) else name
 
 
 def read_yaml(path, flag="--config"):

@@ -50,7 +50,8 @@ def main(argv=None):
     )
     with distributed.first_on_machine():  # which may have to download
         train, test, outliers = evaluation.load_images(
-            trained, args.ood, seed=args.seed, download=not args.no_download
+            trained, args.ood, seed=args.seed, download=not args.no_download,
+            workers=args.workers,
         )
     splits = []
     for ood in outliers:

@@ -80,6 +80,10 @@ def add_arguments(p, needs_network=True):
     group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None,
                        help="normalise colours with the in-distribution set's constants (default: "
                        "the checkpoint's, else off)")
+    group.add_argument("--workers", type=number(int, 0, 1024), metavar="N",
+                       help="images of folder, imagenet and texture that are decoded at a time, as "
+                       "they are needed; 0 decodes all into memory first (default: 0; where "
+                       "imagenet is in-distribution, the processor's cores)")
     group.add_argument("--data-mode", choices=["org", "base", "ssl"], default="base",
                        help="augmentation of the training images whose features are taken, none "
                        "in base; test images and outliers never have any")
@@ -213,12 +217,13 @@ def _shown(value):
 # --- the image sets -------------------------------------------------------------------------------
 
 
-def load_images(trained, ood, *, seed, download):
+def load_images(trained, ood, *, seed, download, workers=None):
     """Read all image sets of an evaluation, so that none is found missing after an hour.
 
     Args:
         trained: Trained. ood: names of outlier sets, None for the default ones.
         seed: of the noise sets. download: whether missing sets may be fetched.
+        workers: as for data.load; None is what the in-distribution set asks for.
 
     Returns:
         (train, test, list of outlier sets): data.ImageSet each.
@@ -228,7 +233,9 @@ def load_images(trained, ood, *, seed, download):
     """
     name, _ = data.parse_spec(trained.dataset)
     ood = [o for o in DEFAULT_OOD if o != name] if ood is None else ood
-    where = dict(data_dir=trained.data_dir, size=trained.size, seed=seed, download=download)
+    workers = data.default_workers(trained.dataset) if workers is None else workers
+    where = dict(data_dir=trained.data_dir, size=trained.size, seed=seed, download=download,
+                 workers=workers)
     _check_outliers(ood, trained)
     train = data.load(trained.dataset, "train", **where)
     test = whole = data.load(trained.dataset, "test", **where)

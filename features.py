@@ -69,11 +69,13 @@ def _batches_of(forward, images, *, copies=None, spread=False, **settings):
     if copies is None:
         yield from one_pass(forward, images, **settings)
         return
-    every = torch.arange(len(images))
-    base = augment.apply_base(data.pixels_at(images.pixels, every), settings["size"])
+    size = settings["size"]
+    if tuple(images.pixels.shape[2:]) != (size, size):
+        every = torch.arange(len(images))
+        base = augment.apply_base(data.pixels_at(images.pixels, every), size)
+        images = replace(images, pixels=base)
     for copy in range(copies):
-        yield from one_pass(forward, replace(images, pixels=base), mode="ssl", copy=copy,
-                            **settings)
+        yield from one_pass(forward, images, mode="ssl", copy=copy, **settings)
 
 
 def _joint_pass(forward, images, *, batch_size, **settings):

@@ -37,15 +37,16 @@ import utils
 from utils import RunError, UserError, number
 
 HERE = Path(__file__).resolve().parent
-# Settings of a training that decide no number (what --fast means is not resolved here, so it
-# counts), and those that this program gives itself
-UNCOUNTED = {key.replace("_", "-") for key in runs.UNCOUNTED} - {"fast"}
+# Settings of a training that decide no number, and those that this program gives itself. What
+# some of the former mean is resolved in a run, but not here, so that they count.
+UNCOUNTED = ({key.replace("_", "-") for key in runs.UNCOUNTED}
+             - {"fast", "mean", "std", "workers"})
 GIVEN = ("config", "seed", "exp-name", "results-dir", "data-dir", "no-download", "no-resume")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 # The program files that decide numbers. A change of them, comments apart, makes a result stale.
 SHARED_CODE = ("augment.py", "data.py", "distributed.py", "models.py", "utils.py")
-TRAINING_CODE = ("train.py", "trainers.py", "losses.py", *SHARED_CODE)
+TRAINING_CODE = ("train.py", "trainers.py", "losses.py", "stream.py", *SHARED_CODE)
 FEATURE_CODE = ("features.py", *SHARED_CODE)
 EVALUATION_CODE = ("evaluation.py", "detection.py", *FEATURE_CODE)
 

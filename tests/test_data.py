@@ -8,6 +8,7 @@ Official sets are tiny files in the official layout, whose checksums torchvision
 import hashlib
 import math
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -285,6 +286,151 @@ def test_files_of_mixed_sizes_are_decoded_in_their_order(tmp_path):
     paths = [write_image(tmp_path / f"{i}.png", *s, seed=i) for i, s in enumerate(SHAPES)]
     found = data.decode(paths, 12)
     assert torch.equal(found, torch.stack([by_torchvision(p, 12) for p in paths]))
+
+
+# --- files that are decoded as they are needed ----------------------------------------------------
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """A folder with imagenet/ in it: pictures of unequal sizes in its official layout."""
+    names = ("train/n02/a.JPEG", "train/n02/b.JPEG", "train/n01/c.JPEG", "train/n03/deep/d.JPEG",
+             "val/n03/e.JPEG", "val/n01/f.JPEG")
+    for i, name in enumerate(names):
+        write_image(tmp_path / "imagenet" / name, *SHAPES[i], seed=i)
+    (tmp_path / "imagenet/train/n04").mkdir()
+    return tmp_path
+
+
+IMAGENET = {"train": (["n01/c", "n02/a", "n02/b", "n03/deep/d"], [0, 1, 1, 2]),
+            "test": (["n01/f", "n03/e"], [0, 2])}
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_imagenet_is_read_as_its_archives_unpack(imagenet, split, workers):
+    images = load("imagenet", split, imagenet, workers=workers)
+    names, labels = IMAGENET[split]
+    folder = imagenet / "imagenet" / {"train": "train", "test": "val"}[split]
+    assert images.name == "imagenet"
+    assert images.class_names == ("n01", "n02", "n03", "n04")
+    assert images.paths == tuple(str(folder / f"{name}.JPEG") for name in names)
+    assert images.labels.tolist() == labels
+    pixels = data.pixels_at(images.pixels, slice(0, len(images)))
+    assert torch.equal(pixels, torch.stack([by_torchvision(p, 8) for p in images.paths]))
+    assert isinstance(images.pixels, data.Files) == (workers > 0)
+
+
+@pytest.mark.parametrize(("split", "folder"), [("train", "train"), ("test", "val")])
+def test_imagenet_that_is_not_there_or_flat_is_refused_with_its_place(tmp_path, split, folder):
+    place = f"imagenet/{folder}/CLASS/"
+    with pytest.raises(UserError, match=f"not found in .*{place}"):
+        load("imagenet", split, tmp_path)
+    assert not data.has_split("imagenet", split, data_dir=tmp_path)
+    write_image(tmp_path / "imagenet" / folder / "ILSVRC2012_val_00000001.JPEG")
+    assert data.has_split("imagenet", split, data_dir=tmp_path)
+    with pytest.raises(UserError, match=f"no images in the class folders .*{place}"):
+        load("imagenet", split, tmp_path)
+
+
+def test_files_are_indexed_as_a_tensor_and_decoded_when_they_are_asked_for(imagenet, monkeypatch):
+    images = load("imagenet", "train", imagenet, workers=2)
+    resident = load("imagenet", "train", imagenet).pixels
+    assert images.pixels.shape == (4, 3, 8, 8)
+    decoded = []
+    square = data.square
+    monkeypatch.setattr(data, "square", lambda f, side: decoded.append(f) or square(f, side))
+    part = images.take(torch.tensor([3, 0, 0]))
+    assert torch.equal(data.restrict(images, (1,)).pixels.index, torch.tensor([1, 2]))
+    assert part.pixels[1:].shape == (2, 3, 8, 8)
+    assert data.to(part, "cpu").pixels is part.pixels
+    assert decoded == []
+    assert torch.equal(part.pixels.draw(), resident[[3, 0, 0]])
+    assert sorted(decoded) == sorted(part.paths)
+    assert part.pixels.paths() == list(part.paths)
+    assert torch.equal(data.pixels_at(part.pixels, torch.tensor([2, 0])), resident[[0, 3]])
+    assert data.pixels_at(part.pixels, torch.tensor([], dtype=torch.int64)).shape == (0, 3, 8, 8)
+
+
+def test_known_outliers_of_files_are_those_of_the_same_images_in_memory(imagenet):
+    images = load("imagenet", "train", imagenet, workers=2, size=12)
+    more = images.take(torch.arange(4).repeat(3))
+    known, rest = data.few_shot(more.labels, 1, generator())
+    assert (len(more.take(known)), len(more.take(rest))) == (3, 9)
+    assert more.take(known).pixels.draw().shape == (3, 3, 12, 12)
+
+
+def test_the_fingerprint_of_files_is_of_their_names_below_the_folder_sizes_and_labels(imagenet):
+    def of(where, split="train", **kwargs):
+        images = load("imagenet", split, where, **{"workers": 1} | kwargs)
+        return data.fingerprint(images.pixels, images.labels)
+
+    before = of(imagenet)
+    moved = imagenet / "elsewhere"
+    shutil.copytree(imagenet / "imagenet", moved / "imagenet")
+    assert of(moved, workers=3) == before
+    assert of(moved, size=9) != before
+    assert of(moved, split="test") != before
+    assert of(moved, workers=0) != before
+    images = load("imagenet", "train", moved, workers=1)
+    assert data.fingerprint(images.pixels, images.labels + 1) != before
+    folder = moved / "imagenet/train"
+    (folder / "n01/c.JPEG").rename(folder / "n01/z.JPEG")
+    assert of(moved) != before
+    (folder / "n01/z.JPEG").rename(folder / "n01/c.JPEG")
+    with open(folder / "n01/c.JPEG", "ab") as file:
+        file.write(b" ")
+    assert of(moved) != before
+
+
+@pytest.mark.parametrize("most", [2, 100])
+def test_the_constants_of_files_are_measured_on_a_part_that_is_always_the_same(
+    imagenet, monkeypatch, most
+):
+    monkeypatch.setattr(data, "MEASURED_FILES", most)
+    images = load("imagenet", "train", imagenet, workers=1)
+    rows = data.epoch_order(4, 0, 0)[:most]
+    x = images.pixels[rows].draw().double() / 255
+    assert len(x) == min(most, 4)
+    mean, std = data.normalisation("imagenet", images)
+    assert mean == pytest.approx(x.mean(dim=(0, 2, 3)).tolist(), abs=6e-5)
+    assert std == pytest.approx(x.transpose(0, 1).flatten(1).std(dim=1, correction=0).tolist(),
+                                abs=6e-5)
+    assert data.normalisation("imagenet", images) == (mean, std)
+
+
+@pytest.mark.parametrize(("spec", "local", "workers"), [
+    ("imagenet", 1, 6), ("imagenet", 4, 1), ("imagenet", 9, 1), ("folder:a", 1, 0),
+    ("cifar10", 1, 0),
+])
+def test_imagenet_is_decoded_on_the_cores_of_each_process_and_other_sets_in_memory(
+    monkeypatch, spec, local, workers
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr("distributed.local_world", lambda: local)
+    assert data.default_workers(spec) == workers
+
+
+def test_a_set_that_memory_cannot_hold_is_refused_and_workers_suggested(imagenet, monkeypatch):
+    needed = 4 * 3 * 8 * 8
+    monkeypatch.setattr("utils.available_memory", lambda: needed)
+    assert len(load("imagenet", "train", imagenet)) == 4
+    monkeypatch.setattr("utils.available_memory", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"4 images of 8 pixels take .* are left; with --workers"):
+        load("imagenet", "train", imagenet)
+    assert len(load("imagenet", "train", imagenet, workers=1)) == 4
+
+
+def test_pictures_of_a_size_that_only_their_headers_tell_are_measured_before_they_are_decoded(
+    tmp_path, monkeypatch
+):
+    # For crops the squares are up to 2.6 times as wide as --size: 21 pixels here
+    for i in range(3):
+        write_image(tmp_path / f"train/{i}.png", 50, 40, seed=i)
+    monkeypatch.setattr("utils.available_memory", lambda: 3 * 3 * 21 * 21 - 1)
+    with pytest.raises(UserError, match="3 images of 21 pixels"):
+        load("folder", "train", tmp_path, crops=True)
+    assert len(load("folder", "train", tmp_path, crops=False)) == 3
 
 
 def test_16_bit_files_are_refused_by_name(tmp_path):

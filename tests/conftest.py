@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -68,6 +69,22 @@ def other_npz(tmp_path_factory):
     images = rng.integers(0, 256, (24, 12, 12, 3)).astype(np.uint8)
     np.savez(path, test_images=images, test_labels=np.arange(24) % 2)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_imagenet(tmp_path_factory):
+    """A folder with imagenet/ (24 + 12 pictures of 3 classes) and odd/ (12), of many sizes."""
+    rng = np.random.default_rng(2)
+    root = tmp_path_factory.mktemp("files")
+    shapes = [(30, 44), (52, 24), (17, 17), (40, 40), (24, 31)]
+    sets = {f"imagenet/{split}/n0{c}": (n, 80 * c) for split, n in (("train", 8), ("val", 4))
+            for c in range(3)} | {"odd": (12, 40)}
+    for folder, (n, level) in sets.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(n):
+            image = level + rng.integers(0, 90, (*shapes[i % 5], 3))
+            Image.fromarray(image.astype(np.uint8)).save(root / folder / f"{i}.JPEG")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -371,6 +372,69 @@ def test_importing_a_room_needs_neither_faiss_nor_matplotlib_nor_arguments(tmp_p
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- images in files ------------------------------------------------------------------------------
+
+IMAGENET = ("--dataset", "imagenet", "--arch", "resnet18", "--size", 8, "--epochs", 1,
+            "--batch-size", 10, "--lr", 0.01)
+CONSTANTS = ("--normalize", "--mean", 0.5, 0.4, 0.3, "--std", 0.25, 0.25, 0.2)
+
+
+def test_a_set_in_files_trains_and_is_evaluated_as_from_memory(command, tmp_path, tiny_imagenet):
+    where = ("--data-dir", tiny_imagenet)
+    done = command("train.py", *IMAGENET, *where, *CONSTANTS, "--workers", 2, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "24 training images, 12 test images of imagenet" in done.stdout
+    assert "validation accuracy" in done.stdout
+    weights = run_of(tmp_path) / "checkpoint/checkpoint.pth.tar"
+    config = torch.load(weights, weights_only=True)["config"]
+    assert (config["mean"], config["std"]) == ([0.5, 0.4, 0.3], [0.25, 0.25, 0.2])
+    found = {}
+    for workers in ((), ("--workers", 0)):
+        done = command(
+            "eval_ssd.py", "--ckpt", weights, "--ood", f"folder:{tiny_imagenet / 'odd'}",
+            "--exp-name", f"w{len(workers)}", *workers, cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        record, = records(tmp_path / f"eval_results/w{len(workers)}_ssd.jsonl")
+        assert (record["in"], record["n_train"], record["n_in"]) == ("imagenet", 24, 12)
+        found[workers] = {key: record[key] for key in ("fpr95", "auroc", "aupr", "ood", "n_ood")}
+    assert found[()] == found["--workers", 0]
+
+
+def test_a_picture_that_cannot_be_decoded_ends_training_with_its_name(
+    command, tmp_path, tiny_imagenet
+):
+    shutil.copytree(tiny_imagenet / "imagenet", tmp_path / "imagenet")
+    broken = tmp_path / "imagenet/train/n01/3.JPEG"
+    broken.write_bytes(broken.read_bytes()[:300])
+    done = command("train.py", *IMAGENET, "--data-dir", ".", "--workers", 2, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: cannot decode the image imagenet/train/n01/3")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--mean", 0.5, 0.5, 0.5), "--mean and --std go together"),
+    (("--mean", 0.5, 0.5, 0.5, "--std", 1, 1, 1), "--normalize normalises with, and that is off"),
+    (("--std", 0, 1, 1), "argument --std: 0 is not a number at most 1 and above 0"),
+    (("--mean", 0.5, 0.5), "argument --mean: expected 3 arguments"),
+    (("--workers", -1), "argument --workers"),
+])
+def test_flags_of_images_in_files_that_cannot_be_meant_are_refused(capsys, flags, words):
+    import train
+
+    with pytest.raises((SystemExit, utils.UserError)) as stopped:
+        train.main(list(map(str, flags)))
+    assert words in capsys.readouterr().err + str(stopped.value)
+
+
+def test_workers_without_files_are_noted(command, tmp_path, tiny_npz):
+    done = command("train.py", "--dataset", f"npz:{tiny_npz}", *SMALL[:4], "--epochs", 1,
+                   "--batch-size", 48, "--workers", 2, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "--workers does nothing: npz:" in done.stderr
 
 
 def recipes():

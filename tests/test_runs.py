@@ -91,6 +91,18 @@ def test_how_often_things_are_written_is_no_other_configuration(start):
     assert start(print_freq=1, save_steps=5, no_resume=False).folder == start().folder
 
 
+def test_settings_that_came_later_than_a_run_count_only_where_they_are_used(start, capsys):
+    first = start()
+    assert start(workers=None, in_files=False, constants=None).folder == first.folder
+    files = start(workers=2, in_files=True)
+    assert files.folder.name == "2--x"
+    assert start(workers=9, in_files=True).folder == files.folder
+    given = start(mean=[0.5] * 3, std=[0.2] * 3, constants=[[0.5] * 3, [0.2] * 3])
+    assert given.folder.name == "3--x"
+    said = capsys.readouterr().err
+    assert "constants None there, [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]] here" in said
+
+
 def test_a_finished_run_starts_the_next_number(start):
     first = start()
     finish(first)

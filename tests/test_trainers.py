@@ -1,11 +1,13 @@
 """Schedule, views, monitors and epochs of training."""
 
 import copy
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from PIL import Image
 
 import data
 import models
@@ -254,6 +256,88 @@ def test_an_epoch_taken_up_in_the_middle_ends_as_the_unbroken_one(name, broken_o
     assert loss == expected
     assert_equal_states(whole.network, rest.network)
     assert again == [r for r in reports if r[1] >= broken_off]
+
+
+# --- images in files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_files(tmp_path):
+    """Function (workers, shapes) -> 12 pictures of 3 classes in files, for 8 pixels."""
+    rng = np.random.default_rng(0)
+
+    def write(workers, shapes=((20, 11), (9, 14), (8, 8))):
+        for i in range(12):
+            pixels = rng.integers(0, 256, (*shapes[i % len(shapes)], 3), dtype=np.uint8)
+            path = tmp_path / f"train/{i % 3}/{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                Image.fromarray(pixels).save(path)
+        return data.load("folder", "train", data_dir=tmp_path, size=8, crops=True, workers=workers)
+
+    return write
+
+
+@pytest.mark.parametrize("name", list(trainers.MODES))
+def test_weights_do_not_depend_on_how_many_workers_decode(name, in_files):
+    first, losses, _ = train(name, in_files(1))
+    other, again, _ = train(name, in_files(3))
+    assert losses == again
+    assert_equal_states(first, other)
+
+
+@pytest.mark.parametrize("name", list(trainers.MODES))
+def test_images_in_files_train_as_in_memory_but_for_the_rounding_of_crops(name, in_files):
+    kwargs = dict(epochs=1, batch_size=12, rates=lambda epoch, step: (0.02, 0.9))
+    squares = ((8, 8),)  # which are the same in memory, and so are the draws
+    _, (resident,), _ = train(name, in_files(0, squares), **kwargs)
+    _, (streamed,), _ = train(name, in_files(2, squares), **kwargs)
+    # Shifts are whole pixels; crops are rounded to 8 bits
+    assert streamed == (resident if name == "SupCE" else pytest.approx(resident, rel=1e-2))
+
+
+@pytest.mark.parametrize("name", list(trainers.MODES))
+def test_an_epoch_of_files_taken_up_in_the_middle_ends_as_the_unbroken_one(name, in_files):
+    images, states = in_files(2), []
+    whole, rest = make_step(name, images), make_step(name, images)
+    kwargs = dict(rates=lambda epoch, step: (0.02, 0.9), batch_size=5, seed=7, print_freq=9,
+                  epoch=0, draws=0, report=lambda *r: None)
+
+    def keep(epoch, step, losses):
+        weights = {k: v.clone() for k, v in whole.network.state_dict().items()}
+        states.append((weights, copy.deepcopy(whole.optimizer.state_dict()), losses.clone()))
+
+    expected, _ = trainers.train_epoch(whole, after_step=keep, **kwargs)
+    weights, optimizer, losses = states[0]
+    rest.network.load_state_dict(weights)
+    rest.optimizer.load_state_dict(optimizer)
+    loss, _ = trainers.train_epoch(rest, first=1, losses=losses, **kwargs)
+    assert loss == expected
+    assert_equal_states(whole.network, rest.network)
+
+
+def test_workers_are_gone_when_a_step_fails(in_files):
+    def fail(*_):
+        raise RuntimeError("nobody foresaw this")
+
+    with pytest.raises(RuntimeError, match="foresaw") as caught:
+        train("SimCLR", in_files(2), after_step=fail)
+    assert caught.tb is not None  # it holds the frame of the epoch
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(trainers.MODES))
+def test_files_train_on_the_gpu_as_on_the_cpu(name, in_files):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        step = make_step(name, data.to(in_files(2), device), device, lr=1e-4)
+        losses[device] = []
+        trainers.train_epoch(
+            step, epoch=0, draws=0, rates=lambda epoch, step: (1e-4, 0.9), seed=7, batch_size=5,
+            print_freq=1, report=lambda e, s, loss, v, seen=losses[device]: seen.append(loss),
+        )
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
 
 
 @pytest.mark.parametrize("settings", [

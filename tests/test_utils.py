@@ -19,6 +19,7 @@ def small_parser():
     p.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=False)
     p.add_argument("--clusters", type=utils.number(int, 1), nargs="+", default=[1])
     p.add_argument("--exp-name", default="temp")
+    p.add_argument("--mean", type=utils.number(float, 0, 1), nargs=3, metavar=("R", "G", "B"))
     p.add_argument("--ckpt", required=True)
     return p
 
@@ -30,11 +31,12 @@ def parse(tmp_path, text, *argv):
 
 
 def test_a_file_replaces_defaults_and_the_command_line_wins(tmp_path):
-    text = "epochs: 20\nlr: 1e-3\nnormalize: true\nclusters: [1, 6]\nexp-name: a\nckpt: x.pt\n"
+    text = ("epochs: 20\nlr: 1e-3\nnormalize: true\nclusters: [1, 6]\nexp-name: a\nckpt: x.pt\n"
+            "mean: [0, 0.5, 1]\n")
     args = parse(tmp_path, text, "--lr", "0.25", "--no-normalize")
     assert vars(args) == {
         "config": str(tmp_path / "c.yaml"), "epochs": 20, "lr": 0.25, "normalize": False,
-        "clusters": [1, 6], "exp_name": "a", "ckpt": "x.pt",
+        "clusters": [1, 6], "exp_name": "a", "ckpt": "x.pt", "mean": [0, 0.5, 1],
     }
 
 
@@ -45,7 +47,7 @@ def test_keys_may_be_written_with_either_dash(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("epoch: 3", ["unknown key 'epoch'", "clusters, epochs, exp-name, lr, normalize"]),
+        ("epoch: 3", ["unknown key 'epoch'", "clusters, epochs, exp-name, lr, mean, normalize"]),
         ("epochs: 3\nepochs: 4", ["key 'epochs' stands 2 times"]),
         ("epochs: 1.5", ["epochs", "whole number"]),
         ("epochs: yes", ["epochs", "True"]),
@@ -55,6 +57,10 @@ def test_keys_may_be_written_with_either_dash(tmp_path):
         ("normalize: 1", ["normalize", "true or false"]),
         ("clusters: []", ["clusters", "at least one"]),
         ("clusters: [1, x]", ["clusters", "'x'"]),
+        ("mean: 0.5", ["mean", "a list of 3"]),
+        ("mean: [0.5, 0.5]", ["mean", "a list of 3"]),
+        ("mean: [0.5, 0.5, 123.7]", ["mean", "at most 1"]),
+        ("mean: [0.5, 0.5, null]", ["mean", "R G B is needed"]),
         ("exp-name: 3", ["exp-name", "text"]),
         ("- epochs", ["'flag: value' lines"]),
         ("a: b: c", ["not YAML"]),
@@ -184,3 +190,24 @@ def test_whole_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(("files", "left"), [
+    ({}, 3 * 1024),
+    ({"memory.max": "2000", "memory.stat": "anon 500\nfile 1400\n"}, 1500),
+    ({"memory.max": "max", "memory.stat": "anon 500\n"}, 3 * 1024),
+    ({"../memory.max": "1000", "../memory.stat": "file 7\nanon 300\n"}, 700),
+], ids=["no group", "a group", "a group without a limit", "a group in a group"])
+def test_the_memory_that_is_left_is_that_of_the_machine_or_of_a_control_group(
+    tmp_path, monkeypatch, files, left
+):
+    group = tmp_path / "sys/fs/cgroup/job/task"
+    group.mkdir(parents=True)
+    for name, text in files.items():
+        (group / name).write_text(text)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/other\n0::/job/task\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9 kB\nMemAvailable:  3 kB\n")
+    path = utils.Path
+    monkeypatch.setattr(utils, "Path", lambda first, *more: path(f"{tmp_path}{first}", *more))
+    assert utils.available_memory() == left

@@ -176,7 +176,7 @@ class Step:
         if made is None:
             x = self.views(self.images.pixels[index[seen]], epoch, step, seen, len(index))
         else:
-            x = self._augment(*made)
+            x = self.finish(*made)
         with utils.autocast(self._device, self._precision):
             out = self._forward(x)  # [views * b, 128 or classes]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -229,10 +229,17 @@ class Step:
             draws = augment.draw_org(count, generator)
         if rows is not None and len(pixels) < batch:
             draws = augment.take(draws, torch.arange(count).view(-1, batch)[:, rows].flatten())
-        return self._augment(pixels.repeat(self.mode.views, 1, 1, 1), draws)
+        return self.finish(pixels.repeat(self.mode.views, 1, 1, 1), draws)
 
-    def _augment(self, pixels, draws):
-        """Bring images and draws to the device and apply these."""
+    def finish(self, pixels, draws):
+        """Bring images and their draws to the device and apply there what is left of these.
+
+        Args:
+            pixels, draws: what `ahead` yielded for a step.
+
+        Returns:
+            float32 [views * b, 3, S, S].
+        """
         draws = augment.to(draws, self._device)
         pixels = pixels.to(self._device, non_blocking=True)
         x = self._apply(pixels, draws, self._size, self._mean, self._std)

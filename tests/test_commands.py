@@ -389,7 +389,9 @@ def test_a_set_in_files_trains_and_is_evaluated_as_from_memory(command, tmp_path
     assert "validation accuracy" in done.stdout
     weights = run_of(tmp_path) / "checkpoint/checkpoint.pth.tar"
     config = torch.load(weights, weights_only=True)["config"]
-    assert (config["mean"], config["std"]) == ([0.5, 0.4, 0.3], [0.25, 0.25, 0.2])
+    assert [config["mean"], config["std"]] == [[0.5, 0.4, 0.3], [0.25, 0.25, 0.2]]
+    assert config["constants"] == [config["mean"], config["std"]]
+    assert config["in_files"]
     found = {}
     for workers in ((), ("--workers", 0)):
         done = command(

@@ -83,7 +83,8 @@ def add_arguments(p, needs_network=True):
     group.add_argument("--workers", type=number(int, 0, 1024), metavar="N",
                        help="images of folder, imagenet and texture that are decoded at a time, as "
                        "they are needed; 0 decodes all into memory first (default: 0; where "
-                       "imagenet is in-distribution, the processor's cores)")
+                       "imagenet is in-distribution, the processor's cores, "
+                       f"{data.MOST_WORKERS} at most)")
     group.add_argument("--data-mode", choices=["org", "base", "ssl"], default="base",
                        help="augmentation of the training images whose features are taken, none "
                        "in base; test images and outliers never have any")

@@ -85,7 +85,7 @@ def parser():
     group.add_argument("--workers", type=number(int, 0, 1024), metavar="N",
                        help="processes that decode and crop images of folder and imagenet as they "
                        "are needed; 0 decodes all into memory first (default: 0, for imagenet the "
-                       "processor's cores)")
+                       f"processor's cores, {data.MOST_WORKERS} at most)")
 
     group = p.add_argument_group("optimisation")
     group.add_argument("--epochs", type=number(int, 1), default=500,

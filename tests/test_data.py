@@ -399,14 +399,14 @@ def test_the_constants_of_files_are_measured_on_a_part_that_is_always_the_same(
     assert data.normalisation("imagenet", images) == (mean, std)
 
 
-@pytest.mark.parametrize(("spec", "local", "workers"), [
-    ("imagenet", 1, 6), ("imagenet", 4, 1), ("imagenet", 9, 1), ("folder:a", 1, 0),
-    ("cifar10", 1, 0),
+@pytest.mark.parametrize(("spec", "cores", "local", "workers"), [
+    ("imagenet", 6, 1, 6), ("imagenet", 6, 4, 1), ("imagenet", 6, 9, 1), ("imagenet", 96, 2, 8),
+    ("folder:a", 6, 1, 0), ("cifar10", 6, 1, 0),
 ])
 def test_imagenet_is_decoded_on_the_cores_of_each_process_and_other_sets_in_memory(
-    monkeypatch, spec, local, workers
+    monkeypatch, spec, cores, local, workers
 ):
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr("distributed.local_world", lambda: local)
     assert data.default_workers(spec) == workers
 

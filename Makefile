@@ -3,7 +3,8 @@
 #   make demo     train on real digits and detect outliers, about 2 minutes
 #   make test     the tests, a few minutes
 #   make test-faults   kills, full disks, damaged files: a quarter of an hour, prints a table
-#   make test-slurm   the batch scripts on a Slurm of one node, which it starts (as root) and stops
+#   make test-slurm   the batch scripts on a Slurm of one node and one of two, which it starts (as
+#                 root) and stops
 #   make lint     ruff
 #   make costs    peak memory and time of features and detection
 #   make bench    ours beside the plain way, at sizes for a CPU, under 5 minutes; writes the records

@@ -1,15 +1,16 @@
 # shellcheck shell=bash
-# What train.sbatch and eval.sbatch share. They source it; nobody submits it.
+# What the batch scripts share. They source it; nobody submits it.
 #
 # They set PYTHON and RESTARTS and define `progress LOG`, which prints one word that changes when
 # the program has got further. Then: take_task ARGUMENTS...; run_job SCRIPT "${arguments[@]}".
+# `launcher` may hold words to start Python by, `stop` the signal that asks those for an end.
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID} # the last task's SLURM_JOB_ID would mean the whole array to scontrol
 log=$(readlink "/proc/$$/fd/1")
 state=slurm/logs/$SLURM_JOB_NAME-$job.restarts
-# On its share of a node torch would start a thread for every core of the machine
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+launcher=()
+stop=TERM
 
 say() {
     echo "$SLURM_JOB_NAME $job: $*"
@@ -18,6 +19,19 @@ say() {
 refuse() {
     say "error: $*" >&2
     exit 2
+}
+
+processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-}} # on a node; train.py has one for each GPU
+[[ ${processes:-1} =~ ^[1-9][0-9]*$ ]] || refuse "PROCESSES=$processes is no number of processes"
+# On its share of a node torch would start a thread for every core of the machine
+threads=$((${SLURM_CPUS_PER_TASK:-1} / ${processes:-1}))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+# The `progress` of a training: which file its newest checkpoint is.
+newest_checkpoint() {
+    local run
+    run=$(sed -n 's/.*run folder //p' "$1" | tail -n 1)
+    stat -c %i.%Y "$run/checkpoint/checkpoint.pth.tar" 2>/dev/null || echo none
 }
 
 # The words before the first flag are the list of a job array: its task i, counted from 0, has the
@@ -47,7 +61,7 @@ run_job() {
     local again=${SLURM_RESTART_COUNT:-0}
     [[ -x $(command -v "$PYTHON") ]] || refuse "PYTHON=$PYTHON is no program, seen from $PWD"
     trap 'caught=1 time_is_up=1; [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1
-    trap 'caught=1; [[ -n $child ]] || exit 143; kill -TERM "$child" 2>/dev/null' TERM
+    trap 'caught=1; [[ -n $child ]] || exit 143; kill -"$stop" "$child" 2>/dev/null' TERM
 
     # `stuck` counts restarts in a row, by whomever, that found what the start before them found
     [[ $again -eq 0 || ! -f $state ]] || read -r stuck before <"$state"
@@ -60,8 +74,8 @@ run_job() {
     [[ $stuck -le $RESTARTS ]] || give_up
     echo "$stuck $before" >"$state"
 
-    say "start $((again + 1)) on $HOSTNAME: $PYTHON -u ${*@Q}"
-    "$PYTHON" -u "$@" &
+    say "start $((again + 1)) on ${SLURM_JOB_NODELIST:-$HOSTNAME}: $PYTHON -u ${*@Q}"
+    "${launcher[@]}" "$PYTHON" -u "$@" &
     child=$!
     [[ -z $time_is_up ]] || kill -USR1 "$child"
     caught=1

@@ -1,4 +1,6 @@
-"""A real Slurm of one node in a folder of its own: munged, slurmctld and slurmd, all on loopback.
+"""A real Slurm in a folder of its own: munged, slurmctld and a slurmd for each host.
+
+Its one host is this machine, on loopback, or its hosts are namespaces of it (hosts.py).
 
 A Slurm or munge that the machine may have is neither read nor touched: key, sockets, ports, state
 and logs are this one's own, and it ends what it started by process id.
@@ -11,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue")
@@ -21,7 +24,8 @@ PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 SLURM_CONF = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+FirstJobId={first_job}
+SlurmctldHost={lead.name}({lead.address})
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 CommunicationParameters=NoInAddrAny
@@ -32,11 +36,11 @@ AuthInfo=socket={folder}/munge/socket,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 SlurmctldDebug=verbose
 SlurmdDebug=verbose
 MailProg=/bin/true
@@ -55,9 +59,9 @@ KillWait=30
 MinJobAge=3600
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=256000 Gres=gpu:{gpus}
-PartitionName=main Nodes={host} Default=YES State=UP
+PartitionName=main Nodes=ALL Default=YES State=UP
 """
+NODE = "NodeName={name} NodeAddr={address} CPUs=64 RealMemory=256000 Gres=gpu:{gpus}\n"
 
 
 def why_not():
@@ -68,32 +72,51 @@ def why_not():
     return None if os.geteuid() == 0 else "needs root, to start Slurm"
 
 
+@dataclass(frozen=True)
+class Host:
+    """A node of the Slurm: its name, its address, and how to run a command there."""
+
+    name: str
+    address: str
+    enter: tuple = ()  # words before those of the command
+
+
+def this_machine():
+    """The host that the tests run on, as it sees itself."""
+    return Host(socket.gethostname().partition(".")[0], "127.0.0.1")
+
+
 class Cluster:
     """A Slurm to be started and stopped.
 
     Args:
         folder: an empty folder that every user may enter; all is written below it.
         requeue_exit: exit status of jobs that Slurm itself requeues, as some sites have it.
+        hosts: list of Host; commands are run on the first.
+        first_job: the number of the first job.
     """
 
-    def __init__(self, folder, requeue_exit):
+    def __init__(self, folder, requeue_exit, hosts, first_job=1):
         self.folder = Path(folder)
-        self._host = socket.gethostname().partition(".")[0]
+        self._hosts = hosts
         self._daemons = []
         self._env = {
             name: value for name, value in os.environ.items()
             if not name.startswith(("SLURM_", "SBATCH_", "CUDA_"))
         } | {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
-        for name in ("munge", "state", "spool"):
+        for name in ("munge", "state", *(f"spool-{host.name}" for host in hosts)):
             (self.folder / name).mkdir(mode=0o755)
-        self._configure(requeue_exit)
+        self._configure(requeue_exit, first_job)
 
-    def _configure(self, requeue_exit):
-        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(
-            host=self._host, folder=self.folder, ports=_free_ports(2), requeue_exit=requeue_exit,
-            gpus=len(DEVICES),
-        ))
-        gpus = "".join(f"NodeName={self._host} Name=gpu File={file}\n" for file in DEVICES)
+    def _configure(self, requeue_exit, first_job):
+        general = SLURM_CONF.format(
+            lead=self._hosts[0], folder=self.folder, ports=_free_ports(2),
+            requeue_exit=requeue_exit, first_job=first_job,
+        )
+        nodes = "".join(NODE.format(name=host.name, address=host.address, gpus=len(DEVICES))
+                        for host in self._hosts)
+        (self.folder / "slurm.conf").write_text(general + nodes)
+        gpus = "".join(f"Name=gpu File={file}\n" for file in DEVICES)
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{gpus}")
         release = re.search(r"(\d+)\.(\d+)", self.command("slurmd", "-V")).groups()
         plugin = "disabled" if tuple(map(int, release)) >= (23, 11) else "cgroup/v1"
@@ -105,7 +128,7 @@ class Cluster:
             shutil.chown(path, "munge", "munge")
 
     def start(self):
-        """Start the three daemons; return when the node takes jobs."""
+        """Start the daemons; return when all nodes take jobs."""
         munge = self.folder / "munge"
         self._start(
             "munged", "--foreground", f"--key-file={munge}/key", f"--socket={munge}/socket",
@@ -113,19 +136,20 @@ class Cluster:
             user="munge", group="munge", extra_groups=[],
         )
         self.until((munge / "socket").exists, 30, "munged's socket")
-        self._start("slurmctld", "-D")
-        self._start("slurmd", "-D")
-        self.until(lambda: "State=IDLE" in self._node(), 60, "an idle node")
+        self._start(*self._hosts[0].enter, "slurmctld", "-D", name="slurmctld")
+        for host in self._hosts:
+            self._start(*host.enter, "slurmd", "-D", name=f"slurmd-{host.name}")
+        self.until(lambda: self._nodes().count("State=IDLE") == len(self._hosts), 60, "idle nodes")
 
-    def _start(self, program, *arguments, **user):
-        with (self.folder / f"{program}.out").open("wb") as out:
+    def _start(self, *words, name="munged", **user):
+        with (self.folder / f"{name}.out").open("wb") as out:
             self._daemons.append(subprocess.Popen(
-                [program, *arguments], env=self._env, cwd=self.folder, stdin=subprocess.DEVNULL,
+                words, env=self._env, cwd=self.folder, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, **user,
             ))
 
-    def _node(self):
-        return self.command("scontrol", "show", "node", self._host, check=False)
+    def _nodes(self):
+        return self.command("scontrol", "show", "node", check=False)
 
     def stop(self):
         """Cancel what still runs and end the daemons."""
@@ -140,8 +164,8 @@ class Cluster:
     def command(self, *words, check=True, env=None, **kwargs):
         """Run a command of Slurm; return its stdout."""
         done = subprocess.run(
-            words, env=self._env | (env or {}), timeout=60, capture_output=True, text=True,
-            check=False, **kwargs,
+            [*self._hosts[0].enter, *words], env=self._env | (env or {}), timeout=60,
+            capture_output=True, text=True, check=False, **kwargs,
         )
         if check and done.returncode != 0:
             raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr}")

@@ -274,11 +274,31 @@ def test_a_missing_python_is_named(home):
     )
 
 
+@pytest.mark.parametrize("name", ["train_nodes", "eval"])
+def test_the_templates_want_the_same_signals_restarts_and_logs_of_slurm(name, home):
+    ways = ("--output=", "--open-mode=", "--signal=", "--requeue")
+    wanted = [[line.split()[1] for line in (home / f"slurm/{file}.sbatch").read_text().splitlines()
+               if line.startswith("#SBATCH") and line.split()[1].startswith(ways)]
+              for file in ("train", name)]
+    assert wanted[0] == wanted[1]
+    assert len(wanted[0]) == 4
+
+
+def test_a_number_of_processes_that_is_none_is_named(home):
+    done = subprocess.run(
+        ["bash", "slurm/train_nodes.sbatch"], cwd=home, capture_output=True, text=True,
+        check=False, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "9", "SLURM_JOB_NAME": "train",
+                          "PROCESSES": "0"},
+    )
+    assert (done.returncode, done.stderr) == (
+        2, "train 9: error: PROCESSES=0 is no number of processes\n")
+
+
 def test_shellcheck_finds_nothing_in_the_templates(home):
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck")
     done = subprocess.run(
-        ["shellcheck", "-x", "slurm/train.sbatch", "slurm/eval.sbatch", "slurm/job.sh"], cwd=home,
-        capture_output=True, text=True, check=False,
+        ["shellcheck", "-x", *map(str, (home / "slurm").glob("*.sbatch")), "slurm/job.sh"],
+        cwd=home, capture_output=True, text=True, check=False,
     )
     assert (done.returncode, done.stdout) == (0, "")

@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ PATIENCE = datetime.timedelta(hours=4)
 HEAD_START = 0.5  # seconds that rank 0 has to say what is wrong, when it is wrong everywhere
 END = 60  # seconds that a process which lost another waits to be ended by the launcher
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # signals that programs answer
 LOST_WORDS = ("gloo", "NCCL", "ProcessGroup", "Connection reset", "Connection closed")
 
 
@@ -90,7 +90,7 @@ def start():
     A process of torchrun joins the others. One that was started by hand and sees several GPUs, or
     finds a variable of torchrun's in the environment (PET_NNODES, PET_NPROC_PER_NODE, ...), starts
     torch's elastic launcher, which runs this command in each of them; it waits for them, hands
-    signals on to them, and does not return.
+    signals on to them, and does not return. It is for programs: the command is sys.argv.
 
     Raises:
         Ended: the processes have ended; an own line of theirs said why if it was not well.
@@ -126,8 +126,9 @@ def _patient():
 
 
 def leave():
-    """Give the process group back at an end that all processes have come to."""
+    """Give the process group back at an end that all processes come to."""
     if dist.is_initialized():
+        barrier()  # or the launcher would hurry those that are not yet ready
         dist.destroy_process_group()
 
 
@@ -135,7 +136,7 @@ def leave():
 def _store():
     """What the launcher keeps for its processes; there before a process group is."""
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, _, _ = next(dist.rendezvous("env://", timeout=SILENCE))
     except (ValueError, RuntimeError) as error:
         raise LaunchError(f"RANK and WORLD_SIZE are set, but the processes cannot meet: {error}; "
                           "start them with torchrun", 2) from None
@@ -145,14 +146,14 @@ def _store():
 def _launch():
     """Run this command in many processes by torch's elastic launcher."""
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import api as rendezvous
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it logs, we say
+    logging.disable(logging.CRITICAL)  # what the launcher logs, we say
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     defaults = {"NNODES": 1, "NPROC_PER_NODE": max(1, torch.cuda.device_count()),
-                "RDZV_BACKEND": "c10d", "RDZV_ENDPOINT": "localhost:0", "RDZV_ID": uuid.uuid4()}
+                "RDZV_BACKEND": "c10d", "RDZV_ENDPOINT": "localhost:0"}
     for name, value in defaults.items():
         os.environ.setdefault(f"PET_{name}", str(value))
     place, nodes = os.environ["PET_RDZV_ENDPOINT"], os.environ["PET_NNODES"]
@@ -163,15 +164,13 @@ def _launch():
             elastic_launch(config, program)(*words)
     except ChildFailedError as error:
         raise _why(error.failures, sent) from None
-    except SignalException as error:
-        raise Ended(128 + error.sigval) from None
     except rendezvous.RendezvousTimeoutError:
         raise LaunchError(f"not all of the {nodes} nodes came to {place} in time; stopped", 1
                           ) from None
     except rendezvous.RendezvousError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise LaunchError(f"no meeting of the nodes at {place}: the port is in use, or the first "
-                          f"node does not answer ({reason})", 1) from None
+                          f"node does not answer or has ended ({reason})", 1) from None
     except (ValueError, AssertionError, dist.DistError) as error:
         raise LaunchError(f"the processes could not be started: {error}", 2) from None
     raise Ended(0)
@@ -181,8 +180,6 @@ def _configuration(run, arguments):
     """What torchrun makes of its arguments, with a share of the cores for each process."""
     processes = run.determine_local_world_size(arguments.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
-    if hasattr(arguments, "signals_to_handle"):
-        arguments.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are handed on
     return run.config_from_args(arguments)
 
 
@@ -193,9 +190,15 @@ def _cores():
 @contextlib.contextmanager
 def _signals_handed_on():
     """Hand signals that ask for an end on to the processes; yields the list of those."""
+    from torch.distributed.elastic.multiprocessing import api
+
     sent = []
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
 
     def hand_on(number, frame):
+        if number == signal.SIGHUP and ignored:
+            return
+        number = number if number in ASKING else signal.SIGTERM
         sent.append(number)
         children = _children()
         if not children:  # they are not there yet: the signal means this process
@@ -205,11 +208,13 @@ def _signals_handed_on():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, hand_on) for number in numbers}
+    # torch's own handler, which it installs for some of them, kills what has not ended in 30 s
+    handler, api._terminate_process_handler = api._terminate_process_handler, hand_on
+    before = {number: signal.signal(number, hand_on) for number in ASKING}
     try:
         yield sent
     finally:
+        api._terminate_process_handler = handler
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -269,6 +274,7 @@ def is_loss(error):
 def wait_for_the_end():
     """Wait to be ended by the launcher, which has seen the process that died."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     time.sleep(END)
 
 
@@ -337,6 +343,15 @@ class _Total(torch.autograd.Function):
         return total(gradient)
 
 
+def to_lead(x):
+    """Return on rank 0 a list of the tensors of all processes, of one shape and on the CPU."""
+    if world() == 1:
+        return [x]
+    every = [torch.empty_like(x) for _ in range(world())] if is_lead() else None
+    dist.gather(x, every, dst=0)
+    return every
+
+
 def from_lead(content):
     """Return what rank 0 was called with, any object that can be pickled; all have to call it."""
     box = [content]
@@ -349,7 +364,7 @@ def everyones(content):
     """Return what each process was called with, a list by rank."""
     every = [content] * world()
     if world() > 1:
-        dist.all_gather_object(every, content)
+        dist.all_gather_object(every, content, group=_patient())
     return every
 
 
@@ -361,11 +376,12 @@ def barrier():
 
 @contextlib.contextmanager
 def first_on_machine():
-    """Let the first process of each machine go first: what it fetches, the others find."""
-    if local_rank() > 0:
+    """Let rank 0 go first, then one process of each other machine: what is fetched, others find."""
+    turn = 0 if is_lead() else 1 if local_rank() == 0 else 2
+    for _ in range(turn):
         barrier()
     yield
-    if local_rank() == 0:
+    for _ in range(2 - turn):
         barrier()
 
 
@@ -461,6 +477,7 @@ class _SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or world() == 1:
             return super().forward(x)
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         n = int(total(torch.tensor(x.numel() // x.shape[1])))
         mean = _Total.apply(x.sum(dim=(0, 2, 3))) / n
         centred = x - mean.view(1, -1, 1, 1)
@@ -470,4 +487,5 @@ class _SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1))
+        out = torch.addcmul(self.bias.view(1, -1, 1, 1), centred, scale.view(1, -1, 1, 1))
+        return out.to(dtype)

@@ -42,6 +42,8 @@ def parser():
 
 def main(argv=None):
     args = utils.parse_args(parser(), argv)
+    if args.features is None:  # features in a file are for one process
+        distributed.start()
     if args.gpu is not None:
         utils.note("--gpu does nothing")
 
@@ -63,7 +65,6 @@ def main(argv=None):
     else:
         if args.ckpt is None:
             raise UserError("--ckpt FILE is needed, the trained network, or --features FILE.npz")
-        distributed.start()
         trained = evaluation.restore(
             args.ckpt, device, classes=args.classes, training_mode=args.training_mode,
             arch=args.arch, dataset=args.dataset, data_dir=args.data_dir,

@@ -36,11 +36,11 @@ def parser():
 
 def main(argv=None):
     args = utils.parse_args(parser(), argv)
+    distributed.start()
     if args.clusters != 1:
         raise UserError(f"--clusters {args.clusters}: SSDk is for one cluster only")
     if args.gpu is not None:
         utils.note("--gpu does nothing")
-    distributed.start()
 
     # The network as it was trained, every image set, and which outliers are known
     trained = evaluation.restore(

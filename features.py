@@ -84,15 +84,25 @@ def _joint_pass(forward, images, *, batch_size, **settings):
     own = _one_pass(forward, images, batch_size=batch_size,
                     part=slice(distributed.rank(), None, n), **settings)
     width = None
-    for start, batch in itertools.zip_longest(range(0, len(images), n * batch_size), own):
+    starts = range(0, len(images), n * batch_size)
+    for start, batch in itertools.zip_longest(starts, _one_ahead(own)):
         if width is None:  # which a process without a batch cannot know
             width = distributed.from_lead(None if batch is None else batch.shape[1])
         rows = torch.zeros(batch_size, width)
         if batch is not None:
             rows[: len(batch)] = batch
-        every = distributed.gather(rows, n * batch_size)
+        every = distributed.to_lead(rows)
         if distributed.is_lead():
-            yield every[: len(images) - start]
+            yield torch.cat(every)[: len(images) - start]
+
+
+def _one_ahead(batches):
+    """The same batches, each when the next has been asked for: a GPU works on that meanwhile."""
+    before = next(batches, None)
+    while before is not None:
+        after = next(batches, None)
+        yield before
+        before = after
 
 
 def _one_pass(

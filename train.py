@@ -176,10 +176,10 @@ def _compare(settings):
     """Stop if the processes were not started with the same settings, a flat dict."""
     for other, there in enumerate(distributed.everyones(settings)):
         for key, here in settings.items():
-            if there[key] != here:
+            if there.get(key) != here:
                 raise UserError(f"{key} is {here} in process {distributed.rank()}, on "
-                                f"{platform.node()}, and {there[key]} in process {other}; all have "
-                                "to be started with the same command and images")
+                                f"{platform.node()}, and {there.get(key)} in process {other}; all "
+                                "have to be started with the same command and images")
 
 
 def _shown(device):
@@ -279,7 +279,7 @@ def main(argv=None):
         "in_files": in_files,  # the crops are others than of images in memory
         "constants": args.mean and [args.mean, args.std],  # as given; measured ones don't count
     }
-    places = ("config", "data_dir", "results_dir")  # may be others on another machine
+    places = ("config", "data_dir", "dataset", "results_dir")  # others on another machine, maybe
     _compare({f"--{key.replace('_', '-')}": config[key] for key in config if key not in places}
              | {f"the sha256 of the {split} images": digest for split, digest in hashes.items()}
              | {"the version of torch": torch.__version__})

@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ def schedule(step, steps_per_epoch, epochs, lr, momentum, warmup=False, cycle_mo
 class Step:
     """One step of training: views of a batch, network, loss, gradients, update.
 
-    Neither it nor anything it calls waits for the device: a GPU is never idle because of it.
+    Neither it nor anything it calls waits for the device, but for `sync_bn`, in which torch does: a
+    GPU is never idle because of it.
 
     Of several processes each makes the views of its share of the batch and sees to the i of them in
     the loss, over all other views of the whole batch: the parts, and their gradients, add up to
@@ -177,7 +179,8 @@ class Step:
             x = self.views(self.images.pixels[index[seen]], epoch, step, seen, len(index))
         else:
             x = self.finish(*made)
-        with utils.autocast(self._device, self._precision):
+        # torch's SyncBatchNorm tells the others of an empty batch in the type of the batch
+        with utils.autocast(self._device, self._precision if images else "fp32"):
             out = self._forward(x)  # [views * b, 128 or classes]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         out = out.unflatten(0, (self.mode.views, seen.stop - seen.start))[:, :images]
@@ -194,10 +197,12 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                # A copy that asks no other process for anything, neither gradients nor statistics
+                network = copy.deepcopy(self.network).eval()
                 pixels = data.pixels_at(self.images.pixels, index[:images].cpu())
                 x = self.views(pixels.to(self._device), 0, 0)
                 with utils.autocast(self._device, self._precision):
-                    out = self.network(x)
+                    out = network(x)
                 out.float().square().sum().backward()
                 return images * distributed.world()
         return 0

@@ -78,7 +78,7 @@ def program(main, bad_input=()):
                  "memory is taken by fewer --workers and a smaller --batch-size", 1)
         if distributed.is_loss(error):
             distributed.wait_for_the_end()
-            _die("lost the other processes", 1)
+            _die(f"lost the other processes ({str(error).splitlines()[0]})", 1)
         if isinstance(error, (OSError, RunError)):
             _die(error, 1)
         if distributed.speaks():
@@ -91,7 +91,7 @@ def program(main, bad_input=()):
 def _die(message, status):
     text = " ".join(str(message).split())
     if distributed.speaks():
-        whose = distributed.who() if status == 1 else ""
+        whose = distributed.who() if status == 1 or not distributed.is_lead() else ""
         print(f"{Path(sys.argv[0]).name}: error: {whose}{text}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -107,6 +107,16 @@ def watch(mode):
             "statistics": network.encoder.bn1.running_mean}
 
 
+def normalise():
+    """A batch norm over all processes of images in bfloat16: {name: tensor}."""
+    images = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(3)).bfloat16()
+    layer = distributed.sync_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))
+    out = layer(images[distributed.share(5)])
+    assert out.dtype == torch.bfloat16
+    return {"out": distributed.gather(out.detach().float(), 5).double(),
+            "variance": layer[0].running_var.double()}
+
+
 def contrast(n, labels):
     """Loss and gradient of n images, each process with its share: {name: tensor}."""
     generator = torch.Generator().manual_seed(n)
@@ -125,6 +135,7 @@ def main(folder):
     world = distributed.world()
     results = {f"contrast of {n}, {'SupCon' if labels else 'SimCLR'}": contrast(n, labels)
                for n in (2, 11) for labels in (False, True)}
+    results["bfloat16"] = normalise()
     results |= {f"monitor of {mode}": watch(mode) for mode in ("SimCLR", "SupCE")}
     for mode, norm in (("SimCLR", "plain"), ("SimCLR", "frozen"), ("SupCon", "plain"),
                        ("SupCon", "frozen"), ("SupCE", "plain"), ("SimCLR", "synced"),

@@ -178,13 +178,10 @@ def _launch():
 
 def _configuration(run, arguments):
     """What torchrun makes of its arguments, with a share of the cores for each process."""
-    processes = run.determine_local_world_size(arguments.nproc_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    threads = (len(os.sched_getaffinity(0))
+               // run.determine_local_world_size(arguments.nproc_per_node))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return run.config_from_args(arguments)
-
-
-def _cores():
-    return len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -209,12 +206,12 @@ def _signals_handed_on():
                 os.kill(pid, number)
 
     # torch's own handler, which it installs for some of them, kills what has not ended in 30 s
-    handler, api._terminate_process_handler = api._terminate_process_handler, hand_on
+    torchs, api._terminate_process_handler = api._terminate_process_handler, hand_on
     before = {number: signal.signal(number, hand_on) for number in ASKING}
     try:
         yield sent
     finally:
-        api._terminate_process_handler = handler
+        api._terminate_process_handler = torchs
         for number, handler in before.items():
             signal.signal(number, handler)
 

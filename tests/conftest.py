@@ -1,6 +1,7 @@
 """Fixtures that the tests of several rooms share: tiny image sets, a checkpoint, the commands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+# Of several GPUs the programs would use all; where a test does not say so, they are one process
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

@@ -50,7 +50,7 @@ def table(records):
     lines = [HEAD, ("---", "---", "---:", "---:", "---:", "---:")]
     machines = {}
     for name, record in records.items():
-        machines.setdefault(_machine(record["facts"]), []).append(name)
+        machines.setdefault(machine(record["facts"]), []).append(name)
         for r in record["table"]:
             gain = r["ours"] / r["plain"] if "/" in r["unit"] else r["plain"] / r["ours"]
             lines.append((r["what"], r["unit"], figure(r["plain"]), figure(r["ours"]),
@@ -60,7 +60,7 @@ def table(records):
     return "\n".join(text)
 
 
-def _machine(facts):
+def machine(facts):
     """Where a record comes from, in one sentence without a full stop."""
     place = f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} used by torch"
     if "gpu" in facts:

@@ -7,12 +7,15 @@ import time
 
 import bench_step
 import common
+import numpy as np
 import pytest
+import scaling
 import table
 import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+import features
 import utils
 
 FACTS = {"cpu": "A processor", "cores": 4, "torch_threads": 2, "device": "cpu",
@@ -160,3 +163,59 @@ def test_a_benchmark_writes_a_record_with_its_rows_and_the_facts_of_the_machine(
         shares = [share for _, share, _ in record["profile"]["most_expensive"]]
         assert len(shares) == 10
         assert shares == sorted(shares, reverse=True)
+
+
+# --- how cost grows -------------------------------------------------------------------------------
+
+
+def test_a_single_gpu_sends_nothing_and_is_busy_with_its_products():
+    step = scaling.reckon(512, 1, draws=1e-3, parameters=28e6, flop_per_view=7.8e9)
+    assert step["step"] == step["products"] == 1024 * 7.8e9 / scaling.RATE
+    assert step["gather_bytes"] == step["gradient_bytes"] == step["exposed"] == 0
+
+
+@pytest.mark.parametrize(("gpus", "speed"), [(8, 450e9), (64, 50e9)])
+def test_outputs_go_thrice_and_gradients_twice_round_a_ring_of_gpus(gpus, speed):
+    step = scaling.reckon(32768, gpus, draws=0, parameters=28e6, flop_per_view=7.8e9)
+    share = (gpus - 1) / gpus
+    assert step["gather_bytes"] == pytest.approx(3 * share * 65536 * 128 * 4, rel=1e-12)
+    assert step["gradient_bytes"] == pytest.approx(2 * share * 28e6 * 4, rel=1e-12)
+    latencies = 2 * scaling.LATENCY
+    assert step["gather"] == pytest.approx(step["gather_bytes"] / speed + latencies, rel=1e-12)
+    assert step["exposed"] == 0
+    assert step["step"] == step["products"] + step["gather"]
+
+
+def test_gradients_that_outlast_the_backward_pass_and_a_slow_host_are_waited_for():
+    step = scaling.reckon(512, 64, draws=0, parameters=28e6, flop_per_view=7.8e9)
+    assert step["exposed"] == step["gradients"] - 2 / 3 * step["products"] > 0
+    slow = scaling.reckon(512, 64, draws=1, parameters=28e6, flop_per_view=7.8e9)
+    assert slow["step"] == slow["host"] == 1 + scaling.LAUNCHES
+
+
+def test_detection_is_measured_on_files_as_a_feature_store_has_them(monkeypatch, tmp_path):
+    path = tmp_path / "x.npy"
+    scaling.write_features(path, 5000, 4, seed=0)  # more than a chunk
+    stored = features.Stored(path)
+    assert stored.shape == (5000, 4)
+    assert np.array_equal(stored[4990:5000].numpy(), np.load(path)[4990:])
+    monkeypatch.setattr(scaling, "SETS", {"test": 600, "ood": 600})
+    monkeypatch.setattr(scaling, "DIMS", 8)
+    monkeypatch.setattr(scaling, "KINDS", (("SSDk", 1),))
+    [found] = scaling.measure_detection([700])
+    assert (found["kind"], found["n"]) == ("SSDk", 700)
+    assert 0 <= found["seconds_of_the_fit"] <= found["seconds"]
+    assert 0 <= found["grew_by_mib"] < found["peak_mib"]
+
+
+def test_training_is_measured_in_one_process_and_in_two():
+    found = scaling.measure_training(turns=1, steps=1, size=8)
+    rates = found["views_per_s"]
+    assert set(rates) == {"1", "2"}
+    assert found["ratio"] == rates["2"] / rates["1"] > 0
+
+
+def test_the_tables_of_the_page_on_scaling_are_what_the_record_gives():
+    record = json.loads((common.RECORDS / "scaling.json").read_text())
+    page = (ROOT / "docs/scaling.md").read_text()
+    assert table.put(page, scaling.tables(record)) == page

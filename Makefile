@@ -9,7 +9,7 @@
 #   make costs    peak memory and time of features and detection
 #   make bench    ours beside the plain way, at sizes for a CPU, under 5 minutes; writes the records
 #                 and the README's table of them
-#   make scaling  cost of detection up to 10^6 images and of training in two processes, some 8
+#   make scaling  cost of detection up to 10^6 images and of training in two processes, some 4
 #                 minutes; writes its record and the tables of docs/scaling.md
 #
 # make PYTHON=python3.12 ... chooses the interpreter that .venv is made of (3.10 to 3.13).

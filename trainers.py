@@ -227,13 +227,14 @@ class Step:
         """
         batch = len(pixels) if batch is None else batch
         generator = utils.generator(self._seed, "augment", epoch, step)
-        count = self.mode.views * batch
+        shape, rows = (self.mode.views, batch), slice(None) if rows is None else rows
         if self.mode.augmentation == "ssl":
-            draws = augment.draw_ssl(count, *pixels.shape[2:], generator)
+            u = augment.uniform_ssl(math.prod(shape), generator)  # of all: the rest is of its own
+            u = u.unflatten(0, shape)[:, rows].flatten(0, 1)
+            draws = augment.ssl_draws(u, augment.ssl_boxes(u, *pixels.shape[2:]))
         else:
-            draws = augment.draw_org(count, generator)
-        if rows is not None and len(pixels) < batch:
-            draws = augment.take(draws, torch.arange(count).view(-1, batch)[:, rows].flatten())
+            mine = torch.arange(math.prod(shape)).view(shape)[:, rows].flatten()
+            draws = augment.take(augment.draw_org(math.prod(shape), generator), mine)
         return self.finish(pixels.repeat(self.mode.views, 1, 1, 1), draws)
 
     def finish(self, pixels, draws):

@@ -14,9 +14,9 @@ each of two, on the same batches. Both are run in turns; a figure is the median 
 turns, without the first two of each. On a machine that does other work, as the record's load
 average tells, seconds and this ratio are not to be trusted.
 
-Then: what it costs to draw the random numbers of a batch, which each of several processes does for
-all; and a calculation of steps on GPUs from that and from what is not measured here, with formulas
-and assumptions in docs/scaling.md.
+Then: what it costs to draw the parameters of a batch, whose random numbers each of several
+processes draws for all; and a calculation of steps on GPUs from that and from what is not measured
+here, with formulas and assumptions in docs/scaling.md.
 
 Writes benchmarks/records/scaling.json (--quick only where --record says so) and prints its tables.
 """
@@ -186,12 +186,13 @@ def measure_training(turns, steps, arch="resnet18", size=32):
 # --- what is reckoned -----------------------------------------------------------------------------
 
 
-def reckon(batch, gpus, draws, parameters, flop_per_view):
+def reckon(batch, gpus, draws, uniform, parameters, flop_per_view):
     """Reckon a step of SimCLR, two views of each image.
 
     Args:
         batch: images of all GPUs. gpus: their number, NODE in each node.
-        draws: seconds to draw the random numbers of the batch.
+        draws: seconds to draw the parameters of the batch. uniform: of them for the random
+            numbers, which every process draws for all.
         parameters: of the network. flop_per_view: forward and backward.
 
     Returns:
@@ -208,7 +209,7 @@ def reckon(batch, gpus, draws, parameters, flop_per_view):
     gather = gather_bytes / speed + 2 * latency
     gradients = gradient_bytes / speed + BUCKETS * latency
     exposed = max(0, gradients - products * 2 / 3)
-    host = draws + LAUNCHES
+    host = uniform + (draws - uniform) / gpus + LAUNCHES
     return {
         "products": products, "gather": gather, "gradients": gradients, "exposed": exposed,
         "host": host, "step": max(host, products + gather + exposed),
@@ -261,8 +262,8 @@ def reckoned_table(draws, parameters, flop_per_view):
             "host, ms", "step, ms", "of linear")
     rows = []
     for batch, drawn in zip(BATCHES, draws, strict=True):
-        steps = {gpus: reckon(batch, gpus, drawn["seconds"], parameters, flop_per_view)
-                 for gpus in GPUS}
+        drawing = drawn["seconds"], drawn["seconds_of_uniform"]
+        steps = {gpus: reckon(batch, gpus, *drawing, parameters, flop_per_view) for gpus in GPUS}
         for gpus, r in steps.items():
             ms = [table.figure(1e3 * r[key]) for key in
                   ("products", "gather", "gradients", "exposed", "host", "step")]

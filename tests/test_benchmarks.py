@@ -169,14 +169,14 @@ def test_a_benchmark_writes_a_record_with_its_rows_and_the_facts_of_the_machine(
 
 
 def test_a_single_gpu_sends_nothing_and_is_busy_with_its_products():
-    step = scaling.reckon(512, 1, draws=1e-3, parameters=28e6, flop_per_view=7.8e9)
+    step = scaling.reckon(512, 1, draws=1e-3, uniform=3e-4, parameters=28e6, flop_per_view=7.8e9)
     assert step["step"] == step["products"] == 1024 * 7.8e9 / scaling.RATE
     assert step["gather_bytes"] == step["gradient_bytes"] == step["exposed"] == 0
 
 
 @pytest.mark.parametrize(("gpus", "speed"), [(8, 450e9), (64, 50e9)])
 def test_outputs_go_thrice_and_gradients_twice_round_a_ring_of_gpus(gpus, speed):
-    step = scaling.reckon(32768, gpus, draws=0, parameters=28e6, flop_per_view=7.8e9)
+    step = scaling.reckon(32768, gpus, draws=0, uniform=0, parameters=28e6, flop_per_view=7.8e9)
     share = (gpus - 1) / gpus
     assert step["gather_bytes"] == pytest.approx(3 * share * 65536 * 128 * 4, rel=1e-12)
     assert step["gradient_bytes"] == pytest.approx(2 * share * 28e6 * 4, rel=1e-12)
@@ -187,9 +187,9 @@ def test_outputs_go_thrice_and_gradients_twice_round_a_ring_of_gpus(gpus, speed)
 
 
 def test_gradients_that_outlast_the_backward_pass_and_a_slow_host_are_waited_for():
-    step = scaling.reckon(512, 64, draws=0, parameters=28e6, flop_per_view=7.8e9)
+    step = scaling.reckon(512, 64, draws=0, uniform=0, parameters=28e6, flop_per_view=7.8e9)
     assert step["exposed"] == step["gradients"] - 2 / 3 * step["products"] > 0
-    slow = scaling.reckon(512, 64, draws=1, parameters=28e6, flop_per_view=7.8e9)
+    slow = scaling.reckon(512, 64, draws=16.75, uniform=0.75, parameters=28e6, flop_per_view=7.8e9)
     assert slow["step"] == slow["host"] == 1 + scaling.LAUNCHES
 
 

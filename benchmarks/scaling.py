@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Show how cost grows: of detection with the number of images, of training with that of processes.
 
-    python benchmarks/scaling.py            # up to 10^6 images, 3 GB of disk: some 8 minutes
-    python benchmarks/scaling.py --quick    # up to 10^5 images, fewer steps: 2 minutes
+    python benchmarks/scaling.py            # up to 10^6 images, 3 GB of disk: 4 minutes
+    python benchmarks/scaling.py --quick    # up to 10^5 images, fewer steps: 1 minute
 
 Detection reads random features from files as --feature-store leaves them, N to fit to and 10,000 of
 test images and outliers each to score, in a process of its own for each N. "Grew by" is its peak of

@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 SILENCE = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(hours=4)
 HEAD_START = 0.5  # seconds that rank 0 has to say what is wrong, when it is wrong everywhere
-END = 60  # seconds that a process which lost another waits to be ended by the launcher
+END = 20  # seconds that a process which lost another waits to be ended by the launcher
+LOG_FATAL = 3  # of c10/util/logging_common.h
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # signals that programs answer
 LOST_WORDS = ("gloo", "NCCL", "ProcessGroup", "Connection reset", "Connection closed")
@@ -151,7 +152,7 @@ def _launch():
     from torch.distributed.launcher.api import elastic_launch
 
     logging.disable(logging.CRITICAL)  # what the launcher logs, we say
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _quiet()
     defaults = {"NNODES": 1, "NPROC_PER_NODE": max(1, torch.cuda.device_count()),
                 "RDZV_BACKEND": "c10d", "RDZV_ENDPOINT": "localhost:0"}
     for name, value in defaults.items():
@@ -174,6 +175,19 @@ def _launch():
     except (ValueError, AssertionError, dist.DistError) as error:
         raise LaunchError(f"the processes could not be started: {error}", 2) from None
     raise Ended(0)
+
+
+def _quiet():
+    """Let torch's C++ say nothing of what we say in a line, unless the user wants to hear it.
+
+    The launcher says all that it meets itself; of its processes only errors are heard.
+    """
+    if "TORCH_CPP_LOG_LEVEL" in os.environ:
+        return
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    with contextlib.suppress(OSError, ValueError):  # a torch that is built in another way
+        c10 = ctypes.CDLL(Path(torch.__file__).parent / "lib/libc10.so")  # has read that already
+        ctypes.c_int.in_dll(c10, "FLAGS_caffe2_log_level").value = LOG_FATAL
 
 
 def _configuration(run, arguments):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 
 import distributed
@@ -299,10 +300,27 @@ def test_processes_with_other_arguments_are_refused_by_the_flag(start):
     ended = [end(p) for p in [start(**meeting), start("--momentum", 0.8, **meeting)]]
     assert 2 in [status for status, _ in ended]
     errors = [line for _, lines in ended for line in lines]
+    if len(errors) == 2:  # the second launcher has found the first one gone
+        errors = [e for e in errors if "the first node does not answer or has ended" not in e]
     assert len(errors) == 1
     assert "--momentum is 0." in errors[0]
     assert "in process 0" in errors[0]
     assert "in process 1" in errors[0]
+
+
+def test_a_first_node_that_ends_before_the_others_came_is_one_line(start):
+    port = free_port()
+    store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    keys = store.num_keys()
+    second = start(PET_NNODES=2, PET_RDZV_ENDPOINT=f"localhost:{port}",
+                   PET_RDZV_CONF="is_host=0", several=1)
+    deadline = time.monotonic() + 120
+    while store.num_keys() == keys and time.monotonic() < deadline:
+        time.sleep(0.1)
+    del store
+    status, errors = end(second)
+    assert (status, len(errors)) == (1, 1), errors
+    assert f"no meeting of the nodes at localhost:{port}" in errors[0]
 
 
 def test_a_missing_machine_and_a_port_in_use_are_one_line_each(start):

@@ -59,8 +59,8 @@ def train(home, *arguments, host=(), **variables):
     return subprocess.Popen(
         [*host, sys.executable, "-u", "train.py", *map(str, arguments)], cwd=home, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-             "TORCH_CPP_LOG_LEVEL": "FATAL"} | {k: str(v) for k, v in variables.items()},
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | {k: str(v) for k, v in variables.items()},
     )
 
 

@@ -34,7 +34,6 @@ HEAD_START = 0.5  # seconds that rank 0 has to say what is wrong, when it is wro
 END = 20  # seconds that a process which lost another waits to be ended by the launcher
 LOG_FATAL = 3  # of c10/util/logging_common.h
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # signals that programs answer
 LOST_WORDS = ("gloo", "NCCL", "ProcessGroup", "Connection reset", "Connection closed")
 
 
@@ -144,6 +143,16 @@ def _store():
     return store
 
 
+def asking():
+    """The signals that ask a program for an end, by Slurm, a user, or a terminal that is closed.
+
+    nohup has SIGHUP ignored, and so it stays.
+    """
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return numbers if ignored else [*numbers, signal.SIGHUP]
+
+
 def _launch():
     """Run this command in many processes by torch's elastic launcher."""
     from torch.distributed import run
@@ -203,13 +212,12 @@ def _signals_handed_on():
     """Hand signals that ask for an end on to the processes; yields the list of those."""
     from torch.distributed.elastic.multiprocessing import api
 
-    sent = []
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    numbers, sent = asking(), []
 
     def hand_on(number, frame):
-        if number == signal.SIGHUP and ignored:
-            return
-        number = number if number in ASKING else signal.SIGTERM
+        if number == signal.SIGHUP and number not in numbers:
+            return  # torch has set this handler for it
+        number = number if number in numbers else signal.SIGTERM
         sent.append(number)
         children = _children()
         if not children:  # they are not there yet: the signal means this process
@@ -221,7 +229,7 @@ def _signals_handed_on():
 
     # torch's own handler, which it installs for some of them, kills what has not ended in 30 s
     torchs, api._terminate_process_handler = api._terminate_process_handler, hand_on
-    before = {number: signal.signal(number, hand_on) for number in ASKING}
+    before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
         yield sent
     finally:

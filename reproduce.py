@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import distributed
 import evaluation
 import figures
 import page
@@ -42,7 +43,6 @@ HERE = Path(__file__).resolve().parent
 UNCOUNTED = ({key.replace("_", "-") for key in runs.UNCOUNTED}
              - {"fast", "mean", "std", "workers"})
 GIVEN = ("config", "seed", "exp-name", "results-dir", "data-dir", "no-download", "no-resume")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 # The program files that decide numbers. A change of them, comments apart, makes a result stale.
 SHARED_CODE = ("augment.py", "data.py", "distributed.py", "models.py", "utils.py")
@@ -383,7 +383,7 @@ class Runner:
 
     def __init__(self):
         self.signal, self._child = None, None
-        for each in SIGNALS:
+        for each in distributed.asking():
             signal.signal(each, self._hand_on)
 
     def _hand_on(self, each, frame):

@@ -4,7 +4,7 @@
     store = Checkpoints(run.folder / "checkpoint")
     saved = store.newest()                                     # None where nothing was saved yet
     log = Log(run.folder, keep=saved and saved["progress"]["log_bytes"])
-    with stop_on_signals() as stop: ...                        # SIGTERM, SIGUSR1, SIGINT
+    with stop_on_signals() as stop: ...                        # SIGTERM, SIGINT, ...
 
 The state of a run is its checkpoint: what was logged or saved after it is made again when the run
 is taken up. Nothing here depends on a clock being right.
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 import utils
 from utils import UserError
 
@@ -551,7 +552,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals():
-    """Let SIGTERM, SIGUSR1 and SIGINT ask for an end instead of bringing it; yields a Stop.
+    """Let the signals of distributed.asking() ask for an end instead of bringing it; yields a Stop.
 
     A second SIGINT ends the program at once.
     """
@@ -562,7 +563,7 @@ def stop_on_signals():
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.signal(number, ask) for number in distributed.asking()}
     try:
         yield stop
     finally:

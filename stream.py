@@ -69,7 +69,7 @@ def _leave_signals(over, worker):
 
     SIGTERM is also what it ends its workers with; then it has said that all is over.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: over.value and os._exit(0))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,14 @@ def golden():
             return dict(file)
 
     return read
+
+
+@pytest.fixture
+def terminal():
+    """A terminal whose end, SIGHUP, reaches what a test starts, whatever nohup began the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

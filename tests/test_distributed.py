@@ -125,12 +125,15 @@ def test_a_single_process_needs_no_group():
 
 @pytest.fixture
 def start(tmp_path, tiny_npz):
-    """Function (*flags, several=..., **variables) -> a started train.py that starts processes."""
+    """Function (*flags, several=..., by=..., **variables) -> a started train.py that starts some.
+
+    `by` are the words before the command.
+    """
     running = []
 
-    def begin(*flags, several=2, **variables):
+    def begin(*flags, several=2, by=(), **variables):
         process = subprocess.Popen(
-            [sys.executable, "-u", ROOT / "train.py", "--dataset", f"npz:{tiny_npz}",
+            [*by, sys.executable, "-u", ROOT / "train.py", "--dataset", f"npz:{tiny_npz}",
              *map(str, (*TINY, *flags))],
             cwd=tmp_path, env=environment(PET_NPROC_PER_NODE=several, **variables), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -176,6 +179,7 @@ def workers(process):
     return sorted(found)
 
 
+@pytest.mark.usefixtures("terminal")
 def test_a_signal_stops_all_at_one_step_and_another_number_of_processes_goes_on(start, tmp_path):
     process = start("--epochs", 60)
     until_a_step(tmp_path)
@@ -197,6 +201,16 @@ def test_a_signal_stops_all_at_one_step_and_another_number_of_processes_goes_on(
     steps = [(r["epoch"], r["step"]) for r in records(tmp_path) if r["event"] == "step"]
     assert steps == [(i // 5, i % 5) for i in range(len(steps))]  # 48 images by 10, none twice
     assert len(steps) > saved["epoch"] * 5 + saved["step"]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_nohup_keeps_processes_from_a_terminal_that_is_closed(start, tmp_path):
+    process = start("--epochs", 4, by=["nohup"])
+    until_a_step(tmp_path)
+    assert all(os.getsid(pid) == pid for pid in workers(process))  # they have no terminal
+    process.send_signal(signal.SIGHUP)
+    status, errors = end(process)
+    assert (status, errors) == (0, [])
 
 
 def test_the_death_of_one_process_ends_all_with_its_name(start, tmp_path):

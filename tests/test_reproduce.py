@@ -336,9 +336,9 @@ def test_a_row_that_fails_is_said_and_the_others_go_on(again, reproduced, make_t
 # --- stopped and continued ------------------------------------------------------------------------
 
 
-def start(table, cwd):
+def start(table, cwd, *by):
     return subprocess.Popen(
-        [sys.executable, ROOT / "reproduce.py", table, "--seeds", "1", "--results-dir", "out",
+        [*by, sys.executable, ROOT / "reproduce.py", table, "--seeds", "1", "--results-dir", "out",
          "--only", "ssd"],
         cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -380,6 +380,16 @@ def test_a_signal_stops_the_training_and_the_same_command_continues(command, mak
     assert done.returncode == 0, done.stderr
     assert finished_epochs(tmp_path) == [0, 1, 2]
     assert len(list(tmp_path.glob("out/networks/*/*--*"))) == 1  # the run was taken up
+
+
+@pytest.mark.usefixtures("terminal")
+def test_nohup_keeps_it_from_a_terminal_that_is_closed(make_table, tmp_path):
+    process = start(make_table(tmp_path, epochs=3), tmp_path, "nohup")
+    wait_for_epoch(tmp_path, process)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert finished_epochs(tmp_path) == [0, 1, 2]
 
 
 def test_a_training_that_outlives_a_killed_program_is_waited_for_not_started_twice(

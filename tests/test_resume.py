@@ -88,7 +88,8 @@ def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(
     assert not list(tmp_path.rglob("*.damaged"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+@pytest.mark.usefixtures("terminal")
 def test_a_signal_saves_the_state_at_the_next_step_and_says_so(name, unbroken, tmp_path, tiny_npz):
     flags = ("--training-mode", "SupCE", "--warmup")
     typed = [sys.executable, "-u", str(ROOT / "train.py"), "--dataset", f"npz:{tiny_npz}",

@@ -440,7 +440,8 @@ def test_a_failed_write_keeps_the_old_file_and_is_tried_again(tmp_path, monkeypa
     assert step_of(tmp_path) == 3
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+@pytest.mark.usefixtures("terminal")
 def test_a_signal_sets_a_flag_and_a_second_interrupt_ends_at_once(name):
     before = signal.getsignal(signal.SIGINT)
     with runs.stop_on_signals() as stop:
@@ -451,3 +452,11 @@ def test_a_signal_sets_a_flag_and_a_second_interrupt_ends_at_once(name):
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.usefixtures("terminal")
+def test_what_nohup_has_ignored_stays_so():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with runs.stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == 0

@@ -156,7 +156,8 @@ def begun(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+@pytest.mark.usefixtures("terminal")
 def test_workers_leave_signals_to_their_parent(begun, name):
     for child in multiprocessing.active_children():
         os.kill(child.pid, getattr(signal, name))

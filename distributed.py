@@ -32,6 +32,7 @@ SILENCE = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(hours=4)
 HEAD_START = 0.5  # seconds that rank 0 has to say what is wrong, when it is wrong everywhere
 END = 20  # seconds that a process which lost another waits to be ended by the launcher
+LINGER = 5  # seconds that a launcher waits for those of other nodes to end
 LOG_FATAL = 3  # of c10/util/logging_common.h
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent ends
 LOST_WORDS = ("gloo", "NCCL", "ProcessGroup", "Connection reset", "Connection closed")
@@ -173,12 +174,14 @@ def _launch():
         with _signals_handed_on() as sent:
             elastic_launch(config, program)(*words)
     except ChildFailedError as error:
+        if nodes != "1":  # the store of all, which `error` holds, is in one launcher: it goes last
+            time.sleep(LINGER)
         raise _why(error.failures, sent) from None
     except rendezvous.RendezvousTimeoutError:
         raise LaunchError(f"not all of the {nodes} nodes came to {place} in time; stopped", 1
                           ) from None
     except rendezvous.RendezvousError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error) or "closed").splitlines()[0]
         raise LaunchError(f"no meeting of the nodes at {place}: the port is in use, or the first "
                           f"node does not answer or has ended ({reason})", 1) from None
     except (ValueError, AssertionError, dist.DistError) as error:
@@ -250,9 +253,9 @@ def _children():
 
 def _why(failures, sent):
     """The exception that says how processes ended, from those that ended first."""
-    # What the launcher ended itself, with SIGTERM, may be among them
-    first = min(failures.values(),
-                key=lambda f: (f.exitcode == -signal.SIGTERM, f.exitcode < 0, f.local_rank))
+    # What the launcher ended itself, with SIGTERM, then with SIGKILL, may be among them
+    first = min(failures.values(), key=lambda f: (
+        f.exitcode == -signal.SIGTERM, f.exitcode < 0, f.timestamp, f.local_rank))
     if first.exitcode > 0:  # it has said why
         return Ended(first.exitcode)
     if -first.exitcode in sent:

@@ -64,7 +64,8 @@ def program(main, bad_input=()):
         _die(error, error.status)
     except Stopped as error:
         note(error)
-        distributed.leave()
+        with contextlib.suppress(RuntimeError):  # another process did not wait for this one
+            distributed.leave()
         sys.exit(STOPPED)
     except torch.cuda.OutOfMemoryError as error:
         _die(f"out of GPU memory: {str(error).splitlines()[0]} A smaller --batch-size helps.", 1)

@@ -37,12 +37,22 @@ def golden():
     return read
 
 
+def environment(**changes):
+    """This environment, a thread for each process, and no process group that a test may be in."""
+    clean = {k: v for k, v in os.environ.items()
+             if not k.startswith("PET_")
+             and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCH_CPP_LOG_LEVEL")}
+    return clean | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in changes.items()}
+
+
 @pytest.fixture
 def terminal():
-    """A terminal whose end, SIGHUP, reaches what a test starts, whatever nohup began the tests."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Signals of a terminal reach what a test starts, though nohup or "&" may have begun it all."""
+    meant = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in meant.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

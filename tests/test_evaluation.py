@@ -1,7 +1,6 @@
 """Results are recorded whole and once, whatever is killed, repeated or run at the same time."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, environment
 
 import data
 import evaluation
@@ -304,11 +303,12 @@ def start(trained, tmp_path, *arguments):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "eval_ssd.py"), "--ckpt", str(trained), *arguments],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.usefixtures("terminal")
 def test_a_killed_evaluation_goes_on_with_the_sets_that_are_missing(
     command, trained, tmp_path, other_npz, number
 ):
@@ -384,11 +384,12 @@ def test_many_processes_record_what_one_records(
 def test_a_bad_checkpoint_of_two_processes_is_one_line(command, tmp_path, script):
     (tmp_path / "bad.pth").write_bytes(b"no network")
     done = command(script, "--ckpt", "bad.pth", cwd=tmp_path,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": "2"})
+                   env=environment(PET_NPROC_PER_NODE=2))
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line == f"{script}: error: --ckpt bad.pth is not a torch checkpoint, or damaged"
+    assert line.startswith(f"{script}: error: ")
+    assert line.endswith("--ckpt bad.pth is not a torch checkpoint, or damaged")
 
 
 @pytest.mark.parametrize(
@@ -418,7 +419,7 @@ def test_a_store_on_a_full_disk_ends_the_evaluation_with_one_line(
         [sys.executable, str(ROOT / "eval_ssd.py"), "--ckpt", str(trained), "--ood",
          f"npz:{other_npz}", "--feature-store", "store"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": str(processes)},
+        env=environment(PET_NPROC_PER_NODE=processes),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 1

@@ -1,7 +1,6 @@
 """Features are what the network gives, whatever the batch; the cache gives them back to the bit."""
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, environment
 
 import data
 import features
@@ -119,8 +118,7 @@ def in_processes(n, code, tmp_path):
         f"def main():\n    distributed.start()\n{code}\nutils.program(main)\n")
     return subprocess.run(
         [sys.executable, path, tmp_path], check=False, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PET_NPROC_PER_NODE": str(n),
-             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=environment(PET_NPROC_PER_NODE=n, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
     )
 
 

@@ -34,14 +34,14 @@ def jobs(slurm, submit, slurm_of_two, submit_to_two, home):
         "nodes": job(slurm_of_two, submit_to_two(
             ON_CPU, "train_nodes", *TINY, "--exp-name", "nodes")),
     }
+    _, number, log = found["nodes"]
+    wait_for_text(slurm_of_two, log, "Epoch 0,", 1)
+    slurm_of_two.command("scancel", "--batch", "--signal=USR1", number)  # as at the time limit
     _, number, log = found["processes"]
     with socket.create_server(("", 10000 + int(number) % 20000)):  # the port that it would take
         slurm.command("scontrol", "release", number)
         wait_for_text(slurm, log, "Epoch 0,", 1)
     slurm.command("scontrol", "requeue", number)
-    _, number, log = found["nodes"]
-    wait_for_text(slurm_of_two, log, "Epoch 0,", 1)
-    slurm_of_two.command("scancel", "--batch", "--signal=USR1", number)  # as at the time limit
     return found
 
 

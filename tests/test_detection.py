@@ -457,7 +457,7 @@ def peak():
 
 def batches(n):
     for start in range(0, n, 500):
-        yield torch.randn(500, 256, generator=torch.Generator().manual_seed(start))
+        yield torch.randn(500, 512, generator=torch.Generator().manual_seed(start))
 
 folder, n = sys.argv[1], int(sys.argv[2])
 images = data.ImageSet("digits", torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1).long())
@@ -481,10 +481,11 @@ def test_memory_does_not_grow_with_the_number_of_features_in_a_file(tmp_path):
             cwd=ROOT, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    small, large = peaks(15_000), peaks(60_000)
+    small, large = peaks(15_000), peaks(75_000)
     growth = {name: large[name] - small[name] for name in small}
-    more = 45_000 * 256 * 4 / 2**20  # MiB of features
-    assert max(growth.values()) < more / 3, growth  # scores, clusters, indices: 8 bytes a row each
+    more = 60_000 * 512 * 4 / 2**20  # MiB of features
+    # Scores, clusters and indices are 8 bytes a row each; the allocator's peaks differ by 20 MiB
+    assert max(growth.values()) < more / 2, growth
 
 
 # --- rules ----------------------------------------------------------------------------------------

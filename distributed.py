@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -170,8 +171,8 @@ def _launch():
     place, nodes = os.environ["PET_RDZV_ENDPOINT"], os.environ["PET_NNODES"]
     try:
         arguments = run.parse_args(sys.argv)
-        config, program, words = _configuration(run, arguments)
-        with _signals_handed_on() as sent:
+        with _log_dir(arguments), _signals_handed_on() as sent:
+            config, program, words = _configuration(run, arguments)
             elastic_launch(config, program)(*words)
     except ChildFailedError as error:
         if nodes != "1":  # the store of all, which `error` holds, is in one launcher: it goes last
@@ -208,6 +209,15 @@ def _configuration(run, arguments):
                // run.determine_local_world_size(arguments.nproc_per_node))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return run.config_from_args(arguments)
+
+
+def _log_dir(arguments):
+    """Give the launcher a folder that goes when it ends, unless the user has named one."""
+    if arguments.log_dir is not None:
+        return contextlib.nullcontext()
+    folder = tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True)
+    arguments.log_dir = folder.name
+    return folder
 
 
 @contextlib.contextmanager

@@ -144,6 +144,14 @@ def start(tmp_path, tiny_npz):
         process.communicate()
 
 
+@pytest.fixture
+def temporary(tmp_path):
+    """A folder in place of /tmp, where no launcher is to leave its logs."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return folder
+
+
 def end(process):
     """(exit status, lines of stderr) of a process."""
     _, errors = process.communicate(timeout=300)
@@ -205,17 +213,18 @@ def test_a_signal_stops_all_at_one_step_and_another_number_of_processes_goes_on(
 
 
 @pytest.mark.usefixtures("terminal")
-def test_nohup_keeps_processes_from_a_terminal_that_is_closed(start, tmp_path):
-    process = start("--epochs", 4, by=["nohup"])
+def test_nohup_keeps_processes_from_a_terminal_that_is_closed(start, tmp_path, temporary):
+    process = start("--epochs", 4, by=["nohup"], TMPDIR=temporary)
     until_a_step(tmp_path)
     assert all(os.getsid(pid) == pid for pid in workers(process))  # they have no terminal
     process.send_signal(signal.SIGHUP)
     status, errors = end(process)
     assert (status, errors) == (0, [])
+    assert not list(temporary.glob("torchelastic_*"))
 
 
-def test_the_death_of_one_process_ends_all_with_its_name(start, tmp_path):
-    process = start("--epochs", 60)
+def test_the_death_of_one_process_ends_all_with_its_name(start, tmp_path, temporary):
+    process = start("--epochs", 60, TMPDIR=temporary)
     until_a_step(tmp_path)
     victim = workers(process)[1]
     os.kill(victim, signal.SIGKILL)
@@ -224,6 +233,7 @@ def test_the_death_of_one_process_ends_all_with_its_name(start, tmp_path):
     assert len(errors) == 1
     assert f"error: process 1 (pid {victim} on {socket.gethostname()}) was ended by SIGKILL" \
         in errors[0]
+    assert not list(temporary.glob("torchelastic_*"))
 
 
 def test_processes_whose_launcher_is_killed_save_and_end(start, tmp_path):

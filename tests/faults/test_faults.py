@@ -4,8 +4,7 @@
 
 Every test breaks a small training in one way, types the same command again until it ends, and
 compares the end with that of the unbroken run, bit for bit. The short ones of the kind are in
-tests/test_resume.py. The table is printed at the end and written to fault_table.txt below
-pytest's temporary folder.
+tests/test_resume.py. The table is printed at the end.
 """
 
 import json
@@ -46,11 +45,10 @@ def record(fault, tries, lost, equal):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table(tmp_path_factory, request):
+def table(request):
     yield
     head = f"{'fault':44} {'tries':>5}   {'lost steps':>14}   end equal to the unbroken run"
     text = "\n".join([head, *ROWS])
-    (tmp_path_factory.getbasetemp() / "fault_table.txt").write_text(text + "\n")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n\n{text}\n")
 

@@ -155,6 +155,17 @@ def asking():
     return numbers if ignored else [*numbers, signal.SIGHUP]
 
 
+@contextlib.contextmanager
+def handling(handlers):
+    """Handle signals inside by {number: handler}, and afterwards as before."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _launch():
     """Run this command in many processes by torch's elastic launcher."""
     from torch.distributed import run
@@ -242,13 +253,11 @@ def _signals_handed_on():
 
     # torch's own handler, which it installs for some of them, kills what has not ended in 30 s
     torchs, api._terminate_process_handler = api._terminate_process_handler, hand_on
-    before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
-        yield sent
+        with handling(dict.fromkeys(numbers, hand_on)):
+            yield sent
     finally:
         api._terminate_process_handler = torchs
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _children():

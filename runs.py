@@ -563,15 +563,12 @@ def stop_on_signals():
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in distributed.asking()}
-    try:
-        yield stop
-    except Exception as error:
-        # Another process died, and this is the one SIGTERM by which the launcher ends the others
-        if stop.number == signal.SIGTERM and distributed.is_loss(error):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with distributed.handling(dict.fromkeys(distributed.asking(), ask)):
+        try:
+            yield stop
+        except Exception as error:
+            # Another process died, and this is the one SIGTERM by which the launcher ends the rest
+            if stop.number == signal.SIGTERM and distributed.is_loss(error):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise

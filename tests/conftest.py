@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import distributed
+
 # Of several GPUs the programs would use all; where a test does not say so, they are one process
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,10 +51,8 @@ def environment(**changes):
 def terminal():
     """Signals of a terminal reach what a test starts, though nohup or "&" may have begun it all."""
     meant = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in meant.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with distributed.handling(meant):
+        yield
 
 
 @pytest.fixture(scope="session")

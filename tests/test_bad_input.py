@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import environment
 from PIL import Image
 
 import models
@@ -43,7 +44,7 @@ def run(command, tmp_path):
         before = files_below(tmp_path)
         done = command(
             script, *arguments, *([] if download else ["--no-download"]), cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=120,
+            env=environment(**(env or {})), timeout=120,
         )
         done.cwd, done.before = tmp_path, before
         return done

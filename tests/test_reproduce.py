@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT, environment
 
 import eval_ssd
 import eval_ssdk
 import reproduce
 import tables
 import train
-from tests.conftest import ROOT
 
 SHIPPED = sorted(path.stem for path in tables.FOLDER.glob("*.yaml"))
 STATES = re.compile(r"^(?:# )?((?:train|evaluate) [^:]+): (to do|running|broken|done|stale)", re.M)
@@ -341,7 +341,7 @@ def start(table, cwd, *by):
         [*by, sys.executable, ROOT / "reproduce.py", table, "--seeds", "1", "--results-dir", "out",
          "--only", "ssd"],
         cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
 
 

@@ -1,16 +1,17 @@
 # The two commands of the README, each of which sets up what it needs in .venv.
 #
 #   make demo     train on real digits and detect outliers, about 2 minutes
-#   make test     the tests, a few minutes
-#   make test-faults   kills, full disks, damaged files: a quarter of an hour, prints a table
+#   make test     the tests, under 5 minutes on two cores
+#   make test-faults   kills, full disks, damaged files, many processes: some 10 minutes, prints a
+#                 table
 #   make test-slurm   the batch scripts on a Slurm of one node and one of two, which it starts (as
-#                 root) and stops
+#                 root) and stops, some 3 minutes
 #   make lint     ruff
 #   make costs    peak memory and time of features and detection
 #   make bench    ours beside the plain way, at sizes for a CPU, under 5 minutes; writes the records
-#                 and the README's table of them
+#                 and their table in docs/costs.md
 #   make scaling  cost of detection up to 10^6 images and of training in two processes, some 4
-#                 minutes; writes its record and the tables of docs/scaling.md
+#                 minutes; writes its record and its tables in docs/costs.md
 #
 # make PYTHON=python3.12 ... chooses the interpreter that .venv is made of (3.10 to 3.13).
 
@@ -22,13 +23,14 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
-	$(BIN)/python demo.py
+	$(BIN)/python reproduce.py demo --seeds 1 --results-dir demo_results
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-faults: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
 
 test-slurm: $(VENV)/ready-dev
@@ -45,18 +47,18 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_augment.py --quick
 	$(BIN)/python benchmarks/bench_extract.py --quick
 	$(BIN)/python benchmarks/bench_detection.py --quick
-	$(BIN)/python benchmarks/table.py --write README.md
+	$(BIN)/python benchmarks/table.py --write docs/costs.md
 
 scaling: $(VENV)/ready
-	$(BIN)/python benchmarks/scaling.py --write docs/scaling.md
+	$(BIN)/python benchmarks/scaling.py --write docs/costs.md
 
-$(VENV)/ready: requirements.txt constraints.txt
+$(VENV)/ready: requirements.txt tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c tests/constraints.txt
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+$(VENV)/ready-dev: $(VENV)/ready tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt -c tests/constraints.txt
 	touch $@
 
 clean:

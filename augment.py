@@ -1,14 +1,15 @@
 """Random augmentation and normalisation of whole batches, on whatever device the images are.
 
-    draws = draw_ssl(len(pixels), height, width, generator)   # what is random, on the CPU
-    x = apply_ssl(pixels, draws, size=32, mean=MEAN, std=STD)  # what is not, on the device
+    params = sample_ssl(len(pixels), height, width, generator)  # what is random, on the CPU
+    x = apply_ssl(pixels, params, size=32, mean=MEAN, std=STD)  # the rest, on the device
 
-Every image has parameters of its own, as if torchvision's transforms had been called on each.
-Drawing is apart from applying: the same parameters can be applied by torchvision's functional
-operations (the tests do), on another device, or on a part of the batch by another process. Crops
-that another process made (stream.py) join at the colours: apply_colors.
+Every image has its own parameters, as if torchvision's transforms had been called on each. They
+are sampled first, so that torchvision's functional operations (in the tests), another device or
+another process can apply the same ones. Crops made by worker processes (infra/image_files.py) go
+on from the colours: apply_colors.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -22,11 +23,11 @@ STRENGTH = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation (factors 1 +
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 PADDING = 4  # pixels, of the "org" augmentation
 LUMA = (0.2989, 0.587, 0.114)  # red, green, blue; torchvision's weights of grey
-PIECE = 2**17  # pixels that a thread of a CPU augments at a time: 1.5 MiB of them
+CHUNK = 2**17  # pixels that a thread of a CPU augments at a time: 1.5 MiB of them
 
 
-class SSLDraws(NamedTuple):
-    """Parameters of the "ssl" augmentation of B images; drawn on the CPU."""
+class SSLParams(NamedTuple):
+    """Parameters of the "ssl" augmentation of B images; sampled on the CPU."""
 
     box: torch.Tensor  # int64 [B, 4]: top, left, height, width of the crop, in pixels
     flip: torch.Tensor  # bool [B]
@@ -36,71 +37,46 @@ class SSLDraws(NamedTuple):
     gray: torch.Tensor  # bool [B]
 
 
-class OrgDraws(NamedTuple):
-    """Parameters of the "org" augmentation of B images; drawn on the CPU."""
+class OrgParams(NamedTuple):
+    """Parameters of the "org" augmentation of B images; sampled on the CPU."""
 
     shift: torch.Tensor  # int64 [B, 2]: top and left of the crop in the padded image, 0..8
     flip: torch.Tensor  # bool [B]
 
 
-def draw_ssl(n, height, width, generator):
-    """Draw the parameters of RandomResizedCrop, flip, ColorJitter and grayscale.
+def sample_ssl(n, height, width, generator):
+    """Sample the parameters of RandomResizedCrop, flip, ColorJitter and grayscale of n images.
 
-    Args:
-        n: number of images.
-        height, width: of every image, in pixels.
-        generator: torch.Generator on the CPU.
-
-    Returns:
-        SSLDraws, distributed as torchvision's get_params (ten tries of the crop included).
+    Args: height, width: of every image, in pixels. generator: torch.Generator on the CPU.
+    Returns: SSLParams, distributed as torchvision's get_params (ten tries of the crop included).
     """
     u = uniform_ssl(n, generator)
-    return ssl_draws(u, ssl_boxes(u, height, width))
+    return ssl_params(u, ssl_boxes(u, height, width))
 
 
 def uniform_ssl(n, generator):
-    """Draw the uniform numbers that the parameters of n images are made of.
+    """Sample what the parameters of n images are computed from: float64 [n, 51] in [0, 1).
 
-    They ask for no image: pictures of many sizes share a generator, each with a row of its own.
-
-    Returns:
-        float64 [n, 51] in [0, 1).
+    It depends on no image size: pictures of many sizes share a generator, a row for each.
     """
     return torch.rand(n, 4 * CROP_TRIES + 11, generator=generator, dtype=torch.float64)
 
 
-def ssl_draws(u, box):
-    """Turn uniform numbers into parameters.
-
-    Args:
-        u: rows of what `uniform_ssl` returned, float64 [n, 51].
-        box: of the same rows, from `ssl_boxes`.
-
-    Returns:
-        SSLDraws of n images.
-    """
+def ssl_params(u, box):
+    """Turn rows of `uniform_ssl`, float64 [n, 51], and their `ssl_boxes` into SSLParams."""
     u = u[:, 4 * CROP_TRIES :]
     low = torch.tensor([1 - s for s in STRENGTH[:3]] + [-STRENGTH[3]], dtype=torch.float64)
     factor = low + 2 * torch.tensor(STRENGTH, dtype=torch.float64) * u[:, 7:11]
-    return SSLDraws(
-        box=box,
-        flip=u[:, 0] < FLIP,
-        jitter=u[:, 1] < JITTER,
-        order=u[:, 3:7].argsort(dim=1),
-        factor=factor.float(),
-        gray=u[:, 2] < GRAYSCALE,
-    )
+    return SSLParams(box=box, flip=u[:, 0] < FLIP, jitter=u[:, 1] < JITTER,
+                     order=u[:, 3:7].argsort(dim=1), factor=factor.float(),
+                     gray=u[:, 2] < GRAYSCALE)
 
 
 def ssl_boxes(u, height, width):
     """Turn uniform numbers into crops: the first of ten tries that fits, else the centre.
 
-    Args:
-        u: rows of what `uniform_ssl` returned, float64 [n, 51].
-        height, width: of these n images, in pixels.
-
-    Returns:
-        int64 [n, 4]: top, left, height, width.
+    Args: u: rows of `uniform_ssl`, float64 [n, 51]. height, width: of these images, in pixels.
+    Returns: int64 [n, 4]: top, left, height, width.
     """
     u = u[:, : 4 * CROP_TRIES].view(-1, 4, CROP_TRIES)
     area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * u[:, 0])
@@ -123,108 +99,119 @@ def ssl_boxes(u, height, width):
     return torch.cat([top, left, h, w], dim=1)
 
 
-def draw_org(n, generator):
-    """Draw the parameters of RandomCrop with padding 4 and of the flip.
+def sample_org(n, generator):
+    """Sample the OrgParams of n images, RandomCrop with padding 4 and flip; as sample_ssl."""
+    u = torch.rand(n, 3, generator=generator, dtype=torch.float64)
+    return OrgParams(shift=(u[:, :2] * (2 * PADDING + 1)).long(), flip=u[:, 2] < FLIP)
+
+
+def sample_views(augmentation, views, batch, rows, height, width, generator):
+    """Sample the parameters of the views of some rows of a batch.
+
+    They are sampled for the whole batch, so that which process makes the views of an image does
+    not change its parameters.
 
     Args:
-        n: number of images.
-        generator: torch.Generator on the CPU.
+        augmentation: "ssl" or "org". views: of each image. batch: number of images.
+        rows: slice of them, b images. height, width, generator: as for sample_ssl.
 
-    Returns:
-        OrgDraws.
+    Returns: SSLParams or OrgParams of views * b images, view after view.
     """
-    u = torch.rand(n, 3, generator=generator, dtype=torch.float64)
-    return OrgDraws(shift=(u[:, :2] * (2 * PADDING + 1)).long(), flip=u[:, 2] < FLIP)
+    index = torch.arange(views * batch).view(views, batch)[:, rows].flatten()
+    if augmentation == "org":
+        return subset(sample_org(views * batch, generator), index)
+    u = uniform_ssl(views * batch, generator)[index]  # the rest is a function of its row of u
+    return ssl_params(u, ssl_boxes(u, height, width))
 
 
-def apply_ssl(pixels, draws, size, mean=None, std=None):
+def _in_chunks(apply):
+    """Run a function (pixels, params, ...) on a CPU on chunks that its caches hold."""
+
+    @functools.wraps(apply)
+    def on_batch(pixels, params, size, mean=None, std=None):
+        params = to(params, pixels.device)
+        if mean is not None:
+            mean, std = (_constant(v, pixels.device) for v in (mean, std))
+        whole = torch.compiler.is_compiling() or pixels.device.type != "cpu"
+        if whole or len(pixels) <= (chunk := max(1, CHUNK * torch.get_num_threads() // size**2)):
+            return apply(pixels, params, size, mean, std)
+        out = torch.empty(len(pixels), 3, size, size)
+        for start in range(0, len(pixels), chunk):
+            now = slice(start, start + chunk)
+            out[now] = apply(pixels[now], subset(params, now), size, mean, std)
+        return out
+
+    return on_batch
+
+
+@_in_chunks
+def apply_ssl(pixels, params, size, mean=None, std=None):
     """Crop and resize, flip, jitter the colours, make some grey, normalise.
 
     Args:
         pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed.
-        draws: SSLDraws of these B images, on the CPU or on the device of `pixels`.
+        params: SSLParams of these B images, on the CPU or on the device of `pixels`.
         size: S, side of the result in pixels.
-        mean, std: three numbers each, per channel on the [0, 1] scale, as a sequence or a tensor,
-            which is not copied if it is on the device of `pixels`; None leaves it at that.
+        mean, std: three numbers each, on the [0, 1] scale, as a sequence or a tensor, which is not
+            copied if it is on the device of `pixels`; None: no normalisation.
 
-    Returns:
-        float32 [B, 3, S, S] on the device of `pixels`.
+    Returns: float32 [B, 3, S, S] on the device of `pixels`.
 
-    Every image takes the same way through the same operations, and what it was not drawn for
-    hands it back bit by bit: no shape depends on a draw, so torch.compile makes one graph of it
-    and no device is waited for.
+    Every image goes through the same operations; those not due to it return it bit by bit. So no
+    shape depends on a draw: torch.compile makes one graph of it, and no device is waited for.
 
     Source: torchvision's functional operations on float tensors, antialias on, in the original's
     order. The original works on 8-bit PIL images and rounds between the operations.
     """
-    return _by_pieces(_ssl, pixels, draws, size, mean, std)
+    return _recolor(resized_crop(pixels, params.box, params.flip, size), params, mean, std)
 
 
-def _ssl(pixels, draws, size, mean, std):
-    return _recolor(resized_crop(pixels, draws.box, draws.flip, size), draws, mean, std)
+@_in_chunks
+def apply_colors(pixels, params, size, mean=None, std=None):
+    """Do the rest of apply_ssl to pixels [B, 3, S, S] that are cropped and flipped already."""
+    return _recolor(to_float(pixels), params, mean, std)
 
 
-def apply_colors(pixels, draws, size, mean=None, std=None):
-    """Do what apply_ssl does to images that are cropped and flipped already.
-
-    Args and Returns: as apply_ssl, with pixels [B, 3, S, S]; not changed.
-    """
-    return _by_pieces(_colors, pixels, draws, size, mean, std)
-
-
-def _colors(pixels, draws, size, mean, std):
-    return _recolor(to_float(pixels), draws, mean, std)
-
-
-def _recolor(x, draws, mean, std):
+def _recolor(x, params, mean, std):
     """Jitter, grey and normalise float images [B, 3, S, S], which are changed."""
-    x = color_jitter(x, draws.jitter, draws.order, draws.factor)
-    return normalize(grayscale(x, draws.gray), mean, std)
+    x = color_jitter(x, params.jitter, params.order, params.factor)
+    return normalize(grayscale(x, params.gray), mean, std)
 
 
-def apply_org(pixels, draws, size, mean=None, std=None):
+@_in_chunks
+def apply_org(pixels, params, size, mean=None, std=None):
     """Resize, crop a shifted window out of the zero-padded image, flip, normalise.
 
-    Args and Returns: as apply_ssl, with OrgDraws. Source: as the original, without 8-bit rounding.
+    Args and Returns: as apply_ssl, with OrgParams. Source: as the original, without 8-bit rounding.
     """
-    return _by_pieces(_org, pixels, draws, size, mean, std)
-
-
-def _org(pixels, draws, size, mean, std):
     x = resize(to_float(pixels), size)
     # A shift by whole pixels is a resampling too: a window as wide as the image, hung over its
     # edge. What it finds there has no weight, which is the zero of the padding.
-    shift = draws.shift - PADDING
+    shift = params.shift - PADDING
     whole = torch.full_like(shift[:, 0], size)
     rows = resampling(shift[:, 0], whole, size, size)
-    columns = resampling(shift[:, 1], whole, size, size, draws.flip)
+    columns = resampling(shift[:, 1], whole, size, size, params.flip)
     return normalize(_resample(x, rows, columns), mean, std)
 
 
 def apply_base(pixels, size, mean=None, std=None):
-    """Resize and normalise: what evaluation sees.
-
-    Args and Returns: as apply_ssl, without draws.
-    """
+    """Resize and normalise, as for evaluation. Args and Returns: as apply_ssl."""
     return normalize(resize(to_float(pixels), size), mean, std)
 
 
-def to(draws, device):
-    """Bring draws to a device without making the host wait.
-
-    Args:
-        draws: SSLDraws or OrgDraws.
-        device: torch.device.
-
-    Returns:
-        The same draws on that device; those that are there already are not copied.
-    """
-    return type(draws)(*(_move(d, torch.device(device)) for d in draws))
+# How views are made: of whole images, or of those that worker processes cropped and flipped.
+AUGMENTATIONS = {"ssl": apply_ssl, "org": apply_org}
+AFTER_WORKERS = {"ssl": apply_colors, "org": apply_org}
 
 
-def take(draws, index):
-    """Return the draws of the images at an index: a slice, or int64 [n]."""
-    return type(draws)(*(d[index] for d in draws))
+def to(params, device):
+    """Return SSLParams or OrgParams on a device; the host does not wait for a copy."""
+    return type(params)(*(_move(d, torch.device(device)) for d in params))
+
+
+def subset(params, index):
+    """Return the parameters of the images at an index: a slice, or int64 [n]."""
+    return type(params)(*(d[index] for d in params))
 
 
 def _move(tensor, device):
@@ -233,42 +220,15 @@ def _move(tensor, device):
     return tensor.to(device)
 
 
-def _by_pieces(chain, pixels, draws, size, mean, std):
-    """Run a chain on the whole batch; on a CPU on pieces of it that its caches hold."""
-    draws = to(draws, pixels.device)
-    if mean is not None:
-        mean, std = (_constant(v, pixels.device) for v in (mean, std))
-    if torch.compiler.is_compiling() or pixels.device.type != "cpu":
-        return chain(pixels, draws, size, mean, std)
-    piece = max(1, PIECE * torch.get_num_threads() // size**2)
-    if len(pixels) <= piece:
-        return chain(pixels, draws, size, mean, std)
-    out = torch.empty(len(pixels), 3, size, size)
-    for start in range(0, len(pixels), piece):
-        now = slice(start, start + piece)
-        out[now] = chain(pixels[now], take(draws, now), size, mean, std)
-    return out
-
-
 def to_float(pixels):
-    """Bring uint8 pixels to float32 in [0, 1]; float ones pass as float32. Returns a new tensor.
-
-    Args:
-        pixels: uint8 [...] or float [...] in [0, 1].
-    """
+    """Return uint8 pixels, or float ones in [0, 1], as a new float32 tensor in [0, 1]."""
     if pixels.dtype == torch.uint8:
         return pixels.float().div_(255)
     return pixels.to(torch.float32, copy=True)
 
 
 def normalize(x, mean, std):
-    """Subtract the mean of each channel and divide by its standard deviation. Changes `x`.
-
-    Args:
-        x: float [B, 3, S, S].
-        mean, std: three numbers each, as a sequence or a tensor; None for both returns `x` as
-            it is.
-    """
+    """Standardise channels of float [B, 3, S, S] by apply_ssl's mean and std. Changes `x`."""
     if mean is None:
         return x
     mean, std = (_constant(v, x.device).view(1, 3, 1, 1) for v in (mean, std))
@@ -277,44 +237,33 @@ def normalize(x, mean, std):
 
 def _constant(values, device):
     """Three numbers as a float32 tensor on a device; one that is there is not copied."""
-    if not isinstance(values, torch.Tensor):
-        values = torch.tensor(values)
-    return _move(values.float(), device)
+    return _move(torch.as_tensor(values, dtype=torch.float32), device)
 
 
 def resize(x, size):
     """Bring the short side to `size` and keep the central square (torchvision: Resize, CenterCrop).
 
-    Args:
-        x: float [B, 3, H, W].
-        size: S.
-
-    Returns:
-        float [B, 3, S, S], bilinear with antialiasing; `x` itself where it has that shape.
+    Args: x: float [B, 3, H, W]. size: S.
+    Returns: float [B, 3, S, S], bilinear with antialiasing; `x` itself where it has that shape.
     """
     height, width = x.shape[2:]
     if height == width == size:
         return x
     side = min(height, width)
-    top, left, length = (
-        torch.full((1,), v, device=x.device)
-        for v in ((height - side) // 2, (width - side) // 2, side)
-    )
-    rows = resampling(top, length, size, height)
-    columns = resampling(left, length, size, width)
+    length = torch.full((1,), side, device=x.device)
+    rows = resampling((height - length) // 2, length, size, height)
+    columns = resampling((width - length) // 2, length, size, width)
     return _resample(x, rows.expand(len(x), -1, -1), columns.expand(len(x), -1, -1))
 
 
 def resized_crop(pixels, box, flip, size):
-    """Cut a window of its own out of each image, bring it to one size, mirror some.
+    """Crop each image to its own window, resize to one size, flip some.
 
     Args:
         pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed.
-        box: int64 [B, 4], top, left, height and width in pixels. flip: bool [B].
-        size: S.
+        box: int64 [B, 4], top, left, height and width in pixels. flip: bool [B]. size: S.
 
-    Returns:
-        float32 [B, 3, S, S], bilinear with antialiasing.
+    Returns: float32 [B, 3, S, S], bilinear with antialiasing.
     """
     height, width = pixels.shape[2:]
     rows = resampling(box[:, 0], box[:, 2], size, height)
@@ -326,14 +275,11 @@ def resampling(start, length, size, source, flip=None):
     """Write crop, antialiased bilinear resize and flip along one axis as a matrix per image.
 
     Args:
-        start, length: int64 [B], the window in source pixels.
-        size: S, number of output pixels.
-        source: number of source pixels.
-        flip: bool [B], mirror the output; None never does.
+        start, length: int64 [B], the window in source pixels. size: S, number of output pixels.
+        source: number of source pixels. flip: bool [B], which outputs are mirrored; None: none.
 
-    Returns:
-        float32 [B, S, source]: row i holds the weights of the source pixels in output pixel i, a
-        triangle as wide as an output pixel (one source pixel at least), cut at the window and
+    Returns: float32 [B, S, source]: row i holds the weights of the source pixels in output pixel i,
+        a triangle as wide as an output pixel (at least one source pixel), cut at the window and
         scaled to sum 1.
 
     Source: torch's interpolate(mode="bilinear", antialias=True) of the cropped image.
@@ -375,16 +321,14 @@ def grayscale(x, chosen):
 def blending(operation, factor, due):
     """Write brightness, contrast and saturation as one formula: the coefficients of `blend`.
 
-    All three are factor * x + (1 - factor) * other, kept in [0, 1], where other is black, the mean
-    grey of the image, or the grey of each pixel.
+    All are factor * x + (1 - factor) * other, clamped to [0, 1]; other is black (brightness), the
+    mean grey of the image (contrast) or the grey of each pixel (saturation).
 
     Args:
         operation: int64 [B, ...], BRIGHTNESS, CONTRAST or SATURATION.
         factor: float32 [B, ...]. due: bool [B, ...], whether to change anything at all.
 
-    Returns:
-        float32 [B, ...] each: what x, its grey and its mean grey are multiplied by, and the
-        largest value that is kept.
+    Returns: float32 [B, ...] each: multipliers of x, its grey and its mean grey, and the maximum.
     """
     factor = torch.where(due, factor, 1)
     rest = 1 - factor
@@ -409,12 +353,12 @@ def adjust_hue(x, shift):
     chroma = value - least
     # Choices are products with 0 and 1, which change no bit: on a CPU a torch.where of this size
     # takes ten times as long.
-    is_red = _equal(value, red)
-    is_green = _equal(value, green).mul_(1 - is_red)
+    is_red = value.clone().eq_(red)
+    is_green = value.clone().eq_(green).mul_(1 - is_red)
     is_blue = 1 - is_red - is_green
     across = (green - blue).mul_(is_red)
     across = across.add_((blue - red).mul_(is_green)).add_((red - green).mul_(is_blue))
-    grey = _equal(chroma, 0)  # has no hue; its chroma hides any
+    grey = chroma.clone().eq_(0)  # has no hue; its chroma hides any
     sector = across.mul_(1 / (chroma + grey))  # hue in sixths of a turn, from its primary
     sector = sector.add_(is_green.mul_(2).add_(is_blue.mul_(4)))
     sector = sector.add_(6 * shift.view(-1, 1, 1))
@@ -426,19 +370,14 @@ def adjust_hue(x, shift):
 
 
 def color_jitter(x, apply, order, factor):
-    """Apply each image's four colour operations in that image's own order.
+    """Apply each image's four colour operations in its own order; returns float [B, 3, H, W].
 
     Args:
-        x: float [B, 3, H, W] in [0, 1]; changed.
-        apply: bool [B], images that are changed.
-        order: int64 [B, 4], a permutation of the operations a row, first to last.
-        factor: float32 [B, 4], by operation.
-
-    Returns:
-        float [B, 3, H, W].
+        x: float [B, 3, H, W] in [0, 1]; changed. apply: bool [B], which images to jitter.
+        order, factor: int64 and float32 [B, 4], see SSLParams.
     """
-    # Hue is the one operation that is no blend, and each image has it once. So all go through
-    # three blends before it and three after it, of which three in all are due.
+    # Hue alone is no blend, and each image has it once. So all go through three blends before it
+    # and three after it, of which three are due in all.
     turn = torch.arange(4, device=x.device)
     hue_turn = ((order == HUE) * turn).sum(dim=1, keepdim=True)
     operation = torch.cat([order[:, :3], order[:, 1:]], dim=1)  # [B, 6]
@@ -456,11 +395,6 @@ def _put(images, x, chosen):
     """Replace the chosen images of `x`, which is changed."""
     chosen = _each(chosen).float()
     return x.mul_(1 - chosen).add_(images * chosen)
-
-
-def _equal(x, other):
-    """1. where two tensors agree, else 0."""
-    return x.clone().eq_(other)
 
 
 def _each(values):

@@ -1,17 +1,17 @@
-"""Features -> scores -> metrics: how outliers are told (SSD paper, sections 3 and 4).
+"""Features -> scores -> metrics: how outliers are detected (SSD paper, sections 3 and 4).
 
     detector = SSD.fit(train, clusters=1)
     metrics(detector.score(test), detector.score(ood))    # {"fpr95": ..., "auroc": ..., ...}
 
-Knows no network, no file, no argument parser. Three rules hold for all of it:
+Three rules hold for all of it:
 - a larger score is more outlying, and outliers are the positive class; distances are squared;
 - fitting happens once, scoring as often as wished;
 - arguments are never written to.
-Features are float [N, D]; scores and metrics are float64. Rows are brought to float64, and to the
-device that computes, a piece at a time: features may lie elsewhere. They are tensors, arrays, or
-read when they are asked for: anything with a length, a `shape` and a `device` that gives its rows
-at a slice or at an int64 index on that device as a tensor (features.Stored). Then no more than a
-piece of them is held, and the results are those of a tensor to the last bit.
+Features are float [N, D]; scores and metrics are float64. Features are tensors, arrays, or anything
+with a length, a `shape` and a `device` that gives its rows at a slice or at an int64 index on that
+device as a tensor (features.DiskFeatures). Rows are brought to float64, and to the device that
+computes, a chunk at a time; no more of features in a file is in memory, and the results are those
+of a tensor to the last bit.
 
 What takes time at 2,048 dimensions is matrix products, so half of each is left out: a covariance is
 symmetric, and its inverse's Cholesky factor triangular (benchmarks/bench_detection.py).
@@ -22,26 +22,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from utils import UserError
+
 ROWS = 1024  # rows brought to float64 at a time: 16 MiB at 2,048 dimensions
 BLOCK = 512  # columns of a product at a time; what is known to be zero or mirrored is left out
 CONDITION = 1e9  # largest condition at which a Cholesky factor has the scores to 1e-6
-GUARD = 1e-10  # what the original adds to a norm or deviation before it divides
+GUARD = 1e-10  # what the original adds to a norm or standard deviation before it divides
 
 
-class FeatureError(ValueError):
+class FeatureError(UserError, ValueError):
     """Features that no score can be computed from: not finite, of wrong shape, or too few."""
 
 
 @dataclass(frozen=True)
 class Standardizer:
-    """Bring rows to unit length, then coordinates to the mean 0 and deviation 1 of training.
+    """Scale rows to unit length, then coordinates to mean 0 and standard deviation 1 in training.
 
     Attributes:
-        mean: float64 [D]. scale: float64 [D], 1 / (deviation + 1e-10); 0 for a dead coordinate,
-            one that is constant in training: it says nothing, in any set.
+        mean: float64 [D]. scale: float64 [D], 1 / (standard deviation + 1e-10); 0 for a dead
+            coordinate, which is constant in training and says nothing in any set.
 
     Source: same as the original, but for dead coordinates: there their guard of 1e-10 blows a
-    deviation up 10^10 times, in a direction that the pseudo-inverse then ignores.
+    difference up 10^10 times, in a direction that the pseudo-inverse then ignores.
     """
 
     mean: torch.Tensor
@@ -49,104 +51,69 @@ class Standardizer:
 
     @classmethod
     def fit(cls, train, device=None):
-        """Measure mean and population deviation of the unit-length training features [N, D].
+        """Measure mean and population standard deviation of training features [N, D].
 
-        Args:
-            device: that computes, here and later; None is the features'.
-
-        Raises:
-            FeatureError: not two-dimensional, empty, or not finite.
+        Args: device: that computes, here and later; None is the features'.
+        Raises a FeatureError: not two-dimensional, empty, or not finite.
         """
         train = _shaped(train, "the training features")
         device = train.device if device is None else torch.device(device)
-        total = sum(_unit(rows, device).sum(dim=0) for rows in _pieces(train))
-        mean = total / len(train)
+        mean = sum(_unit(rows, device).sum(dim=0) for rows in _chunks(train)) / len(train)
         if not mean.isfinite().all():
             checked(train, "the training features")  # says in how many rows
-        square = sum(
-            _unit(rows, device).sub_(mean).square_().sum(dim=0) for rows in _pieces(train)
-        )
+        square = sum(_unit(x, device).sub_(mean).square_().sum(dim=0) for x in _chunks(train))
         deviation = (square / len(train)).sqrt()
         return cls(mean, torch.where(deviation > GUARD, 1 / (deviation + GUARD), 0.0))
 
     def __call__(self, features, name="the features"):
         """Standardise features [N, D].
 
-        Returns:
-            float32 [N, D]: a new tensor where they lie. Of features that are read when they are
-            asked for, such features: Standardized.
-
-        Raises:
-            FeatureError: not finite or of another width; `name` is in the message.
+        Returns: float32 [N, D], a new tensor on their device; LazyRows of features in a file.
+        Raises a FeatureError: not finite or of another width; `name` is in the message.
         """
         features = checked(features, name, width=len(self.mean))
         if not isinstance(features, torch.Tensor):
-            return Standardized(self, features)
+            return LazyRows(features, len(features), lambda rows: self.rows(features[rows]))
         out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-        for rows, target in zip(_pieces(features), _pieces(out), strict=True):
-            target.copy_(self.rows(rows))
-        return out
+        return _fill(out, self.rows, features)
 
     def rows(self, rows):
         """Standardise some rows [n, D], not checked: float32 [n, D] on the device that computes."""
         return _unit(rows, self.mean.device).sub_(self.mean).mul_(self.scale).float()
 
 
-@dataclass(frozen=True)
-class Standardized:
-    """Features that are standardised when they are asked for, like rows of a tensor [N, D]."""
+class LazyRows:
+    """Features [n, D] that a function makes of x, like a tensor, when rows are asked for."""
 
-    standardize: Standardizer
-    features: object
-
-    def __len__(self):
-        return len(self.features)
-
-    @property
-    def shape(self):
-        """(N, D)."""
-        return self.features.shape
-
-    @property
-    def device(self):
-        """Where an index of rows must lie."""
-        return self.features.device
-
-    def __getitem__(self, index):
-        return self.standardize.rows(self.features[index])
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The rows of x at an int64 index [n], which are gathered when a slice of them is asked for."""
-
-    x: object
-    index: torch.Tensor
+    def __init__(self, x, n, function):
+        self.shape, self.device, self._function = (n, x.shape[1]), x.device, function
 
     def __len__(self):
-        return len(self.index)
-
-    @property
-    def shape(self):
-        """(n, D)."""
-        return len(self.index), self.x.shape[1]
-
-    @property
-    def device(self):
-        """Where x is."""
-        return self.x.device
+        return self.shape[0]
 
     def __getitem__(self, rows):
-        return self.x[self.index[rows]]
+        return self._function(rows)
 
 
-def _pieces(x):
-    """The rows of x in order, ROWS at a time.
+def _select(x, index):
+    """The rows of x at an int64 index [n], gathered when some of them are asked for."""
+    return LazyRows(x, len(index), lambda rows: x[index[rows]])
 
-    What comes of each piece is best written into one array made before: small results that stay
-    between the pieces keep the allocator from using the memory of the last piece for the next.
-    """
+
+def _chunks(x):
+    """The rows of x in order, ROWS at a time."""
     return (x[start : start + ROWS] for start in range(0, len(x), ROWS))
+
+
+def _fill(out, function, x):
+    """Write function(rows) of x, a chunk at a time, into the rows of `out`, and return it.
+
+    Small results that stay between the chunks would keep the allocator from using the memory of
+    the last chunk for the next.
+    """
+    for rows, target in zip(_chunks(x), _chunks(out), strict=True):
+        target[:] = function(rows)
+    return out
 
 
 def _unit(rows, device):
@@ -156,13 +123,9 @@ def _unit(rows, device):
 
 
 def checked(features, name, width=None):
-    """Return features [N, D], arrays as tensors, if they can be used.
-
-    Raises:
-        FeatureError: says what is wrong with `name`.
-    """
+    """Return features [N, D], arrays as tensors; a FeatureError says what is wrong with `name`."""
     features = _shaped(features, name, width)
-    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in _pieces(features))
+    bad = sum(int((~rows.isfinite()).any(dim=1).sum()) for rows in _chunks(features))
     if bad:
         raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows")
     return features
@@ -171,29 +134,22 @@ def checked(features, name, width=None):
 def _shaped(features, name, width=None):
     """Return features, arrays as tensors, if [N, D] of the right width; no value is read."""
     features = torch.from_numpy(features) if isinstance(features, np.ndarray) else features
-    if len(features.shape) != 2 or 0 in features.shape:
-        raise FeatureError(f"{name} must be [N, D] with N and D above 0, not "
-                           f"{list(features.shape)}")
-    if width is not None and features.shape[1] != width:
-        raise FeatureError(f"{name} have {features.shape[1]} dimensions, the training ones {width}")
+    shape = list(features.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise FeatureError(f"{name} must be [N, D] with N and D above 0, not {shape}")
+    if width is not None and shape[1] != width:
+        raise FeatureError(f"{name} have {shape[1]} dimensions, the training ones {width}")
     return features
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A mean and the pseudo-inverse of a covariance, as a factor.
+    """A mean and the pseudo-inverse of a covariance, as a factor."""
 
-    Attributes:
-        mean: float64 [D].
-        whiten: float64 [D, rank] with whiten @ whiten.T = pinv(covariance).
-        n: number of rows it was fitted on.
-        triangular: whether `whiten` is zero below its diagonal.
-    """
-
-    mean: torch.Tensor
-    whiten: torch.Tensor
-    n: int
-    triangular: bool = False
+    mean: torch.Tensor  # float64 [D]
+    whiten: torch.Tensor  # float64 [D, rank] with whiten @ whiten.T = pinv(covariance)
+    n: int  # number of rows it was fitted on
+    triangular: bool = False  # whether `whiten` is zero below its diagonal
 
     @property
     def rank(self):
@@ -202,18 +158,17 @@ class Gaussian:
 
     @classmethod
     def fit(cls, x, shrink=False, device=None):
-        """Fit mean and covariance to rows.
+        """Fit mean and covariance (1/N, or Ledoit and Wolf's with `shrink`) to rows.
 
-        Args:
-            x: float features [N, D], N >= 1, finite.
-            shrink: use Ledoit and Wolf's covariance instead of the one with 1/N.
-            device: that computes, here and later; None is that of x.
+        Args: x: float [N >= 1, D], finite. device: that computes, here and later; None is x's.
 
         Source: SSD paper, equation 3; scores as from numpy's pinv in the original, but for singular
         covariances: eigenvalues up to D * eps of the largest count as zero, numpy's 1e-15 keeps
         directions of pure rounding noise among them.
         """
-        mean, covariance = (ledoit_wolf if shrink else moments)(x, device)
+        mean, covariance, fourth = moments(x, device)
+        if shrink:
+            covariance = ledoit_wolf(covariance, fourth, len(x))
         whiten = _inverse_factor(covariance)
         if whiten is not None:
             return cls(mean, whiten, len(x), triangular=True)
@@ -224,10 +179,8 @@ class Gaussian:
 
     def score(self, x):
         """Return the squared Mahalanobis distance of rows [N, D]: float64 tensor [N]."""
-        out = self.mean.new_empty(len(x))
-        for rows, target in zip(_pieces(x), _pieces(out), strict=True):
-            target.copy_(self.distance(rows.to(self.mean)))
-        return out
+        return _fill(self.mean.new_empty(len(x)),
+                     lambda rows: self.distance(rows.to(self.mean)), x)
 
     def distance(self, rows):
         """Score a few rows, float64 [n, D] on the device that computes, at once."""
@@ -241,11 +194,10 @@ class Gaussian:
         return total
 
     def directions(self):
-        """Return the eigen-directions of the covariance, by falling eigenvalue.
+        """Return the eigenvalues of the covariance, float64 [rank], falling, and their axes.
 
-        Returns:
-            float64 [rank] eigenvalues, and float64 [D, rank] axes, each of length
-            1 / sqrt(eigenvalue): squared coordinates along them sum to the score.
+        The axes, float64 [D, rank], have length 1 / sqrt(eigenvalue): squared coordinates along
+        them sum to the score.
         """
         vectors, scale, _ = torch.linalg.svd(self.whiten, full_matrices=False)
         return scale.flip(0) ** -2, (vectors * scale).flip(1)
@@ -255,44 +207,34 @@ class Gaussian:
 
         Each is 1 where x are the rows of the fit (without shrinkage).
         """
-        parts = ((rows.to(self.mean) - self.mean) @ axes for rows in _pieces(x))
+        parts = ((rows.to(self.mean) - self.mean) @ axes for rows in _chunks(x))
         return sum(part.square().sum(dim=0) for part in parts) / len(x)
 
 
 def _inverse_factor(covariance):
-    """Triangular W [D, D] with W @ W.T = inverse(covariance); None unless well conditioned.
-
-    The product of the norms bounds the condition from above: no eigenvalue that counts as zero in
-    Gaussian.fit comes near it.
-    """
+    """Triangular W [D, D] with W @ W.T = inverse(covariance); None unless well conditioned."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         return None
     one = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, one, upper=False)
     largest = torch.linalg.matrix_norm(covariance, float("inf"))  # at least the largest eigenvalue
-    condition = largest * inverse.square().sum()  # trace of the inverse covariance
+    # The trace of the inverse bounds its largest eigenvalue, and so the product the condition: no
+    # eigenvalue that counts as zero in Gaussian.fit comes near the limit.
+    condition = largest * inverse.square().sum()
     return inverse.T if condition <= CONDITION else None
 
 
 def moments(x, device=None):
-    """Compute mean and covariance (1/N) of rows, accumulated in float64.
+    """Accumulate mean and covariance (1/N) of rows in float64.
 
-    Args:
-        x: float features [N, D]. device: that computes; None is that of x.
-
-    Returns:
-        float64 [D] and [D, D].
+    Args: x: float features [N, D]. device: that computes; None is that of x.
+    Returns: float64 [D], [D, D], and a scalar, the mean fourth power of a centred row's length.
     """
-    return _moments(x, device)[:2]
-
-
-def _moments(x, device):
-    """Mean, covariance and the mean fourth power of the length of a centred row."""
     like = torch.empty(0, dtype=torch.float64, device=x.device if device is None else device)
-    mean = sum(rows.to(like).sum(dim=0) for rows in _pieces(x)) / len(x)
+    mean = sum(rows.to(like).sum(dim=0) for rows in _chunks(x)) / len(x)
     lower, fourth = like.new_zeros(len(mean), len(mean)), like.new_zeros(())
-    for rows in _pieces(x):
+    for rows in _chunks(x):
         centred = rows.to(like) - mean
         for start in range(0, len(mean), BLOCK):
             end = start + BLOCK
@@ -302,19 +244,15 @@ def _moments(x, device):
     return mean, covariance / len(x), fourth / len(x)
 
 
-def ledoit_wolf(x, device=None):
-    """Compute mean and Ledoit and Wolf's shrunk covariance of rows, accumulated in float64.
+def ledoit_wolf(covariance, fourth, n):
+    """Shrink a covariance S to Ledoit and Wolf's (1 - s) S + s (trace S / D) I.
 
-    Args: as for `moments`.
-
-    Returns:
-        float64 [D] and [D, D]: (1 - s) S + s (trace S / D) I, with S the covariance (1/N).
+    Args: covariance, fourth: float64 [D, D] and scalar, from `moments`. n: number of rows.
 
     Source: Ledoit and Wolf 2004, lemma 3.2-3.4; same as scikit-learn's ledoit_wolf. Its sum over
     all pairs of coordinates of squared products is the sum of the rows' fourth powers of length.
     """
-    mean, covariance, fourth = _moments(x, device)
-    n, dim = x.shape
+    dim = len(covariance)
     target = covariance.trace() / dim
     size = covariance.square().sum()
     spread = (fourth - size) / n  # of S around the true covariance
@@ -322,20 +260,15 @@ def ledoit_wolf(x, device=None):
     s = float((spread / distance).clamp(max=1)) if spread > 0 and distance > 0 else 0.0
     covariance = (1 - s) * covariance
     covariance.diagonal().add_(s * target)
-    return mean, covariance
+    return covariance
 
 
 def kmeans(x, clusters, seed):
     """Assign rows to k-means clusters.
 
-    Args:
-        x: float features [N, D]; clusters: m, 1 <= m <= N; seed: int >= 0.
-
-    Returns:
-        int64 tensor [N] where x is, values 0..m-1; a cluster may be empty.
-
-    Raises:
-        FeatureError: more clusters than rows.
+    Args: x: float32 features [N, D]. clusters: m, 1 <= m <= N. seed: int >= 0.
+    Returns: int64 tensor [N] where x is, values 0..m-1; a cluster may be empty.
+    Raises a FeatureError: more clusters than rows.
 
     Source: as the original: faiss, 100 iterations on a random permutation of the rows, at most 256
     of them per centroid. On the GPU where faiss sees one.
@@ -345,39 +278,29 @@ def kmeans(x, clusters, seed):
     if clusters > len(x):
         raise FeatureError(f"{clusters} clusters are more than the {len(x)} training images")
     machine = faiss.Kmeans(
-        x.shape[1],
-        clusters,
-        niter=100,
-        seed=seed % 2**31,  # faiss takes an int
-        min_points_per_centroid=1,  # only silences a warning
-        gpu=faiss.get_num_gpus() > 0,
-    )
+        x.shape[1], clusters, niter=100, seed=seed % 2**31,  # faiss takes an int
+        min_points_per_centroid=1, gpu=faiss.get_num_gpus() > 0)  # 1 only silences a warning
     order = np.random.default_rng(seed).permutation(len(x))
     most = clusters * machine.cp.max_points_per_centroid
     if len(x) > most:  # the rows that faiss would choose of all, so that it need not be given all
         chosen = np.empty(len(x), np.int32)
         faiss.rand_perm(faiss.swig_ptr(chosen), len(x), machine.cp.seed)
         order = order[chosen[:most]]
-    sample = Selected(x, torch.from_numpy(order).to(x.device))
-    machine.train(np.concatenate([_for_faiss(rows) for rows in _pieces(sample)]))
-    found = np.empty((len(x), 1), np.int64)
-    for rows, target in zip(_pieces(x), _pieces(found), strict=True):
-        target[:] = machine.index.search(_for_faiss(rows), 1)[1]
-    return torch.from_numpy(found.ravel()).to(x.device)
-
-
-def _for_faiss(rows):
-    return np.ascontiguousarray(rows.cpu().numpy(), dtype=np.float32)
+    sample = _select(x, torch.from_numpy(order).to(x.device))
+    machine.train(np.concatenate([rows.cpu().numpy() for rows in _chunks(sample)]))
+    found = _fill(np.empty(len(x), np.int64),
+                  lambda rows: machine.index.search(rows.cpu().numpy(), 1)[1][:, 0], x)
+    return torch.from_numpy(found).to(x.device)
 
 
 @dataclass(frozen=True)
 class SSD:
-    """Tell outliers by the distance to the nearest cluster of the training features (SSD, SSD+).
+    """Detect outliers by the distance to the nearest cluster of the training features (SSD, SSD+).
 
     Attributes:
-        standardize: Standardizer.
-        gaussians: one per cluster that has an extent.
-        left_out: number of images in clusters that have none (see `fit`).
+        standardize: Standardizer. gaussians: one per cluster that has an extent.
+        left_out: images in clusters that have none: a cluster of a single image, or of equal ones,
+            would give every image the score 0 and is left out of the minimum.
     """
 
     standardize: Standardizer
@@ -386,23 +309,7 @@ class SSD:
 
     @classmethod
     def fit(cls, train, clusters=1, labels=None, seed=0, device=None):
-        """Fit a Gaussian to each cluster of the training features.
-
-        Args:
-            train: float features [N, D] of the encoder, raw.
-            clusters: m >= 1; k-means divides the features where m > 1.
-            labels: int [N]; with m > 1 these are the clusters, whatever m (SupCE).
-            seed: of k-means.
-            device: that computes, here and when it scores; None is the features'.
-
-        A cluster of rank 0 - a single image, or equal ones - would give every image the score 0
-        and is left out of the minimum. A cluster with fewer images than dimensions measures
-        distance only in the directions that its images span.
-
-        Raises:
-            FeatureError: features not finite or of wrong shape, more clusters than rows, or all
-                features equal.
-        """
+        """Fit a Gaussian to each of m clusters of the training features, as `fit_each` does."""
         return fit_each(train, [clusters], labels, seed, device)[clusters]
 
     def score(self, features, name="the features"):
@@ -413,44 +320,43 @@ class SSD:
 def fit_each(train, clusters, labels=None, seed=0, device=None):
     """Fit a detector for each of several numbers of clusters; features are standardised once.
 
-    Args:
-        clusters: numbers m. The others: as for SSD.fit.
+    A cluster with fewer images than dimensions measures distance only in the directions that its
+    images span.
 
-    Returns:
-        {m: SSD}; all have the same Standardizer.
+    Args:
+        train: float features [N, D], raw. clusters: numbers m >= 1, by k-means where m > 1.
+        labels: int [N]; with m > 1 these are the clusters, whatever m (SupCE).
+        seed: of k-means. device: that computes, here and in scoring; None is the features'.
+
+    Returns: {m: SSD}; all have the same Standardizer.
+    Raises a FeatureError: features not finite or of wrong shape, more clusters than rows, or all
+        features of each cluster equal.
     """
     standardize = Standardizer.fit(train, device)
     x = standardize(train, "the training features")
-    return {m: _fit_clusters(standardize, x, m, labels, seed) for m in dict.fromkeys(clusters)}
-
-
-def _fit_clusters(standardize, x, m, labels, seed):
-    """An SSD of standardised features [N, D]."""
-    if m == 1:
+    detectors = {}
+    for m in dict.fromkeys(clusters):
         members = [x]
-    else:
-        y = kmeans(x, m, seed) if labels is None else torch.as_tensor(labels, device=x.device)
-        members = (Selected(x, (y == c).nonzero().squeeze(1)) for c in y.unique())
-    fitted = [Gaussian.fit(rows, device=standardize.mean.device) for rows in members]
-    usable = tuple(g for g in fitted if g.rank)
-    if not usable:
-        raise FeatureError("the training features are all equal within each cluster")
-    return SSD(standardize, usable, sum(g.n for g in fitted if not g.rank))
+        if m > 1:
+            y = kmeans(x, m, seed) if labels is None else torch.as_tensor(labels, device=x.device)
+            members = (_select(x, (y == c).nonzero().squeeze(1)) for c in y.unique())
+        fitted = [Gaussian.fit(rows, device=device) for rows in members]
+        usable = tuple(g for g in fitted if g.rank)
+        if not usable:
+            raise FeatureError("the training features are all equal within each cluster")
+        detectors[m] = SSD(standardize, usable, sum(g.n for g in fitted if not g.rank))
+    return detectors
 
 
 def score_each(detectors, features, name="the features"):
-    """Score rows with several detectors; features are standardised once.
+    """Return the distance of rows to the nearest cluster of each detector: {key: float64 [N]}.
 
     Args:
-        detectors: {key: SSD} with one Standardizer, as fit_each returns them.
+        detectors: {key: SSD} of one `fit_each`; features are standardised once for all.
         features: float [N, D], raw. name: of them, in messages.
 
-    Returns:
-        {key: float64 array [N]}, distance of each row to the detector's nearest cluster.
-
-    Raises:
-        FeatureError: features not finite or of another width.
-        ValueError: detectors that standardise differently.
+    Raises a FeatureError: features not finite or of another width. A ValueError:
+        detectors that standardise differently.
     """
     standardize, *others = {id(d.standardize): d.standardize for d in detectors.values()}.values()
     if others:
@@ -469,12 +375,9 @@ def score_each(detectors, features, name="the features"):
 
 @dataclass(frozen=True)
 class SSDk:
-    """Tell outliers by their distance to the training features less that to known outliers.
+    """Detect outliers by their distance to the training features less that to known outliers.
 
     Both Gaussians have Ledoit and Wolf's covariance, since the known outliers are few.
-
-    Attributes:
-        standardize: Standardizer of the training features. inliers: Gaussian of them.
     """
 
     standardize: Standardizer
@@ -499,9 +402,7 @@ class SSDk:
     def score(self, features, known, name="the features", inside=None):
         """Return d_in - d_out of each row [N, D]: float64 array [N], negative ones included.
 
-        Args:
-            known: what `know` returned.
-            inside: d_in of these rows where they are known already, from `distance`.
+        Args: known: from `know`. inside: d_in of these rows, from `distance`, if known already.
         """
         x = self.standardize(features, name)
         inside = self.inliers.score(x).cpu().numpy() if inside is None else inside
@@ -509,10 +410,7 @@ class SSDk:
 
 
 def metrics(in_scores, ood_scores):
-    """Measure how well scores tell outliers.
-
-    Args:
-        in_scores: float [N] of in-distribution test images. ood_scores: float [M] of outliers.
+    """Measure how well scores detect outliers: float [N] of in-distribution images, [M] of others.
 
     Returns:
         dict of floats: `fpr95` (share of outliers below the 95th percentile of the in-distribution
@@ -520,10 +418,9 @@ def metrics(in_scores, ood_scores):
         `fpr95_ood_positive` (share of in-distribution scores not below the threshold that 95 % of
         the outliers reach, as OpenOOD and pytorch-ood) and `aupr_in` (in-distribution positive).
 
-    Raises:
-        ValueError: an empty set, or scores that are not finite or not one-dimensional.
+    Raises a ValueError: an empty set, or scores that are not finite or not one-dimensional.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
     inside, outside = (np.asarray(s, dtype=np.float64) for s in (in_scores, ood_scores))
     for name, scores in (("in-distribution", inside), ("outlier", outside)):
@@ -533,16 +430,11 @@ def metrics(in_scores, ood_scores):
             raise ValueError(f"{np.sum(~np.isfinite(scores))} {name} scores are not finite")
     scores = np.concatenate([inside, outside])
     outlier = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
+    false_rate, true_rate, _ = roc_curve(outlier, scores, drop_intermediate=False)
     return {
         "fpr95": float(np.mean(outside < np.percentile(inside, 95))),
         "auroc": float(roc_auc_score(outlier, scores)),
         "aupr": float(average_precision_score(outlier, scores)),
-        "fpr95_ood_positive": float(np.mean(inside >= _reached_by(outside, 0.95))),
+        "fpr95_ood_positive": float(false_rate[np.searchsorted(true_rate, 0.95)]),
         "aupr_in": float(average_precision_score(1 - outlier, -scores)),
     }
-
-
-def _reached_by(scores, share):
-    """The largest score that at least this share of all scores reaches."""
-    reached = np.arange(1, len(scores) + 1) / len(scores)
-    return np.sort(scores)[::-1][np.searchsorted(reached, share)]

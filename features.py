@@ -1,136 +1,185 @@
 """Images -> features: one pass of a network over an image set, or a look into a cache.
 
-    train = extract(network.encoder, images, size=32, batch_size=256, mean=MEAN, std=STD)
-    train = take(network.encoder, images, cache=Cache("cache", network.encoder), size=32, ...)
+    settings = FeatureSettings(size=32, batch_size=256, mean=MEAN, std=STD)
+    x = extract(network.encoder, images, settings)                              # float32 [N, D]
+    x = get_features(network.encoder, images, settings, FeatureCache("cache", network.encoder))
 
-The result is the only thing held besides two batches: a float32 array [N, D] on the CPU. With a
-Store for a cache not even that: it is in a file and read a piece at a time.
-
-Of several processes each computes every n-th batch, so that batches, and with them the last bits of
-features, are those of one process; rank 0 gets them all.
+Besides the result only two batches are held; with a FeatureStore for a cache the result is in a
+file. Of several processes each computes every n-th batch, so that batches, and with them the last
+bits of features, are those of one process; the main process gets them all.
 """
 
 import hashlib
 import itertools
 import json
-import os
-import platform
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from tqdm import tqdm
 
 import augment
 import data
-import distributed
 import utils
+from infra import distributed, storage
 
 PRECISIONS = ("fp32", "bf16")
-CACHE_FORMAT = 2  # of the cache's files; raised when the same settings come to give other features
-PIECE = 1024  # rows read from a file at a time
+CACHE_FORMAT = 3  # raised when the same settings come to give other features or other files
 
 
-def extract(forward, images, **settings):
+@dataclass(frozen=True)
+class FeatureSettings:
+    """How features are taken: all that decides them but the network and the images."""
+
+    size: int  # S in pixels, the side that images are brought to
+    batch_size: int  # images a pass; decides no more than rounding
+    mean: tuple | None = None  # normalisation constants by channel on the [0, 1] scale
+    std: tuple | None = None
+    mode: str = "base"  # augmentation of the images: "base" (resize), "org" or "ssl"
+    seed: int = 0  # of the augmentation; with the set and the copy it decides every draw
+    # "ssl" copies of each "base" image, as the original's known outliers of SSDk; None: no copies
+    copies: int | None = None
+    precision: str = "fp32"  # "bf16" is torch's automatic mixed precision, in the network only
+
+    def rows(self, images):
+        """Return how many rows of features a set of images has."""
+        return len(images) * (self.copies or 1)
+
+
+def default_batch_size(device):
+    """Return how many images a pass are fastest on a device."""
+    # 32 a thread keep activations in a core's cache: 1.4 times as fast as 256 (bench_extract.py).
+    return 256 if device.type == "cuda" else min(32 * torch.get_num_threads(), 256)
+
+
+# --- computing ------------------------------------------------------------------------------------
+
+
+def extract(network, images, settings, shared=False):
     """Compute the features of every image of a set, or of augmented copies of each.
 
     Args:
-        forward: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it was.
-        images: data.ImageSet of N images.
-        size: S in pixels.
-        batch_size: images a pass; the features do not depend on it (but for rounding).
-        mean, std: normalisation constants by channel; None (the default) for none.
-        mode: "base" (resize, the default), "org" or "ssl": the augmentation of the images.
-        seed, copy: of the augmentation; they and the set decide it, whatever the batch size.
-        precision: "fp32", or "bf16" for torch's automatic mixed precision in the network.
-        copies: how many "ssl" copies of each image, made of the "base" images at their size; None
-            (the default) for the images themselves.
-        spread: whether all processes call this, with the same arguments, and share the work.
+        network: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it was.
+        images: data.ImageSet of N images. settings: FeatureSettings.
+        shared: whether all processes call this, with the same arguments, and share the work.
 
-    Returns:
-        float32 tensor [N, D] on the CPU; [copies * N, D], copy after copy of the whole set. With
-        `spread`, rank 0 has it and the others None.
-
-    Source: copies are the same as the original's known outliers of SSDk.
+    Returns: float32 tensor [N, D] on the CPU; [copies * N, D], copy after copy of the whole set.
+        With `shared` the main process has it and the others None.
     """
-    return _gathered(_batches_of(forward, images, **settings), _count(images, **settings))
+    return _concatenate(_feature_batches(network, images, settings, shared), settings.rows(images))
 
 
-def _count(images, *, copies=None, **_):
-    return len(images) * (copies or 1)
+def get_features(network, images, settings, cache=None):
+    """Return the features of a set from a cache if they are there; compute and keep them else.
+
+    Args: as of a shared `extract`; cache: FeatureCache or FeatureStore of this network, or None.
+    Returns: bit for bit what `extract` returns; of a FeatureStore a DiskFeatures of it.
+    """
+    main = distributed.is_main_process()
+    found = cache.read(images, settings) if cache and main else None
+    if distributed.broadcast_object(found is not None):
+        utils.note(f"features of {images.name}: from the cache")
+        return found
+    batches = _feature_batches(network, images, settings, distributed.world_size() > 1)
+    if cache and main:
+        return cache.keep(batches, images, settings)
+    return _concatenate(batches, settings.rows(images))
 
 
-def _batches_of(forward, images, *, copies=None, spread=False, **settings):
+def _feature_batches(network, images, settings, shared):
     """Yield the features of `extract` in order, some rows at a time: float32 [n, D]."""
-    one_pass = _joint_pass if spread else _one_pass
-    if copies is None:
-        yield from one_pass(forward, images, **settings)
+    one_pass = _shared_pass if shared else _pass
+    if settings.copies is None:
+        yield from one_pass(network, images, settings)
         return
-    size = settings["size"]
-    if tuple(images.pixels.shape[2:]) != (size, size):
-        every = torch.arange(len(images))
-        base = augment.apply_base(data.pixels_at(images.pixels, every), size)
-        images = replace(images, pixels=base)
-    for copy in range(copies):
-        yield from one_pass(forward, images, mode="ssl", copy=copy, **settings)
+    if tuple(images.pixels.shape[2:]) != (settings.size, settings.size):
+        pixels = data.load_pixels(images.pixels, torch.arange(len(images)))
+        images = replace(images, pixels=augment.apply_base(pixels, settings.size))
+    for copy in range(settings.copies):
+        yield from one_pass(network, images, replace(settings, mode="ssl"), copy)
 
 
-def _joint_pass(forward, images, *, batch_size, **settings):
-    """Yield what _one_pass does, a round of batches at a time, on rank 0; nothing on the others."""
-    n = distributed.world()
-    own = _one_pass(forward, images, batch_size=batch_size,
-                    part=slice(distributed.rank(), None, n), **settings)
+def _shared_pass(network, images, settings, copy=0):
+    """Yield what _pass does, a round of batches at a time; only on the main process."""
+    n, size = distributed.world_size(), settings.batch_size
+    own = _pass(network, images, settings, copy, slice(distributed.rank(), None, n))
     width = None
-    starts = range(0, len(images), n * batch_size)
+    starts = range(0, len(images), n * size)
     for start, batch in itertools.zip_longest(starts, _one_ahead(own)):
-        if width is None:  # which a process without a batch cannot know
-            width = distributed.from_lead(None if batch is None else batch.shape[1])
-        rows = torch.zeros(batch_size, width)
+        if width is None:  # a process without a batch cannot know it
+            width = distributed.broadcast_object(None if batch is None else batch.shape[1])
+        rows = torch.zeros(size, width)
         if batch is not None:
             rows[: len(batch)] = batch
-        every = distributed.to_lead(rows)
-        if distributed.is_lead():
+        every = distributed.gather_to_main(rows)
+        if distributed.is_main_process():
             yield torch.cat(every)[: len(images) - start]
 
 
-def _one_ahead(batches):
-    """The same batches, each when the next has been asked for: a GPU works on that meanwhile."""
-    before = next(batches, None)
+def _one_ahead(items):
+    """The items of an iterator, each when the next has been asked for and is on its way."""
+    before = next(items, None)
     while before is not None:
-        after = next(batches, None)
+        after = next(items, None)
         yield before
         before = after
 
 
-def _one_pass(
-    forward, images, *, size, batch_size, mean=None, std=None, mode="base", seed=0, copy=0,
-    precision="fp32", part=slice(None),
-):
-    """Yield the features of a slice of the batches, float32 [B, D] on the network's device."""
-    device = next(forward.parameters()).device
-    draws = _draw(images, mode, utils.generator(seed, mode, _kind(images), copy))
-    if mean is not None:  # once, not at every batch
-        mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
-    was_training = forward.training
-    forward.eval()
-    for rows, pixels in _batches(images, batch_size, part, device):
+def _pass(network, images, settings, copy=0, part=slice(None)):
+    """Yield the features [B, D] of the batches in a slice of them, on the network's device."""
+    device = next(network.parameters()).device
+    mean, std = settings.mean, settings.std
+    if mean is not None:  # copied to the device once, not at every batch
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
+    # Sampled for the whole set, so that the batch size changes no draw; nothing for "base".
+    generator = utils.generator(settings.seed, settings.mode, _kind(images), copy)
+    params = None
+    if settings.mode == "ssl":
+        params = augment.sample_ssl(len(images), *images.pixels.shape[2:], generator)
+    elif settings.mode == "org":
+        params = augment.sample_org(len(images), generator)
+    was_training = network.training
+    network.eval()
+    for rows, pixels in _prefetch(images, settings.batch_size, part, device):
         with torch.inference_mode():
-            if mode == "base":
-                x = augment.apply_base(pixels, size, mean, std)
+            if params is None:
+                x = augment.apply_base(pixels, settings.size, mean, std)
             else:
-                apply = augment.apply_ssl if mode == "ssl" else augment.apply_org
-                x = apply(pixels, type(draws)(*(d[rows] for d in draws)), size, mean, std)
-            with utils.autocast(device, precision):
-                batch = forward(x).float()
+                apply, own = augment.AUGMENTATIONS[settings.mode], augment.subset(params, rows)
+                x = apply(pixels, own, settings.size, mean, std)
+            with utils.autocast(device, settings.precision):
+                batch = network(x).float()
         yield batch
-    forward.train(was_training)
+    network.train(was_training)
 
 
-def _gathered(batches, n):
-    """Rows [n, D] on the CPU of batches [B, D] from anywhere."""
+def _kind(images):
+    """The name of a set without its path: the way a path is spelt decides nothing."""
+    return images.name.partition(":")[0]
+
+
+def _prefetch(images, batch_size, part, device):
+    """Yield (rows, pixels on the device) of a slice of the batches, the next loaded meanwhile."""
+    def fetch(start):
+        rows = slice(start, min(start + batch_size, len(images)))
+        pixels = data.load_pixels(images.pixels, rows)
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # a new thread's is the first
+                pixels = pixels.pin_memory().to(device, non_blocking=True)
+        return rows, pixels
+
+    starts = range(0, len(images), batch_size)[part]
+    quiet = None if distributed.is_main_process() else True  # None: on a terminal only
+    with ThreadPoolExecutor(1) as pool:
+        coming = _one_ahead(pool.submit(fetch, start) for start in starts)
+        for future in tqdm(coming, images.name, len(starts), leave=False, disable=quiet):
+            yield future.result()
+
+
+def _concatenate(batches, n):
+    """Rows [n, D] on the CPU of batches [B, D] from anywhere; None without batches."""
     out, end = None, 0
     for batch in batches:
         out = torch.empty(n, batch.shape[1]) if out is None else out
@@ -139,342 +188,156 @@ def _gathered(batches, n):
     return out
 
 
-def default_batch_size(device):
-    """Return how many images a pass are fastest on a device.
-
-    A GPU wants many. A CPU is fastest while the activations of a core stay in its cache: 32 images
-    a thread are 1.4 times as fast as 256 (benchmarks/bench_extract.py).
-    """
-    return 256 if device.type == "cuda" else min(32 * torch.get_num_threads(), 256)
+def check_same_inputs(network, sets):
+    """Check that all processes have the same weights and images; a UserError names what differs."""
+    if distributed.world_size() > 1:
+        hashes = {s.name: data.fingerprint(s.pixels, s.labels) for s in sets}
+        distributed.check_same({"the network": weights_hash(network)} | hashes)
 
 
-def _kind(images):
-    """The name of a set without its path: the way a path is spelt decides nothing."""
-    return images.name.partition(":")[0]
+# --- on disk --------------------------------------------------------------------------------------
 
 
-def _draw(images, mode, generator):
-    """Draw the augmentation of a whole set; nothing for "base"."""
-    if mode == "ssl":
-        return augment.draw_ssl(len(images), *images.pixels.shape[2:], generator)
-    return augment.draw_org(len(images), generator) if mode == "org" else None
+class DiskFeatures:
+    """Features [N, D] in a .npy file of float32, read when rows are asked for."""
 
-
-def _batches(images, batch_size, part, device):
-    """Yield (rows, pixels on the device) of a slice of the batches, the next made meanwhile."""
-    def fetch(start):
-        rows = slice(start, min(start + batch_size, len(images)))
-        pixels = data.pixels_at(images.pixels, rows)
-        if device.type == "cuda":
-            with torch.cuda.device(device):  # a new thread's is the first
-                pixels = pixels.pin_memory().to(device, non_blocking=True)
-        return rows, pixels
-
-    starts = range(0, len(images), batch_size)[part]
-    quiet = None if distributed.is_lead() else True
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(fetch, starts[0]) if starts else None
-        for i in tqdm(range(len(starts)), desc=images.name, leave=False, disable=quiet):
-            batch = coming.result()
-            if i + 1 < len(starts):
-                coming = pool.submit(fetch, starts[i + 1])
-            yield batch
-
-
-def take(forward, images, *, cache=None, crew=None, **settings):
-    """Return the features of a set from a cache if they are there; compute and keep them else.
-
-    Args:
-        cache: Cache or Store of this network, or None.
-        crew: Crew of this network and set, to compute them; None for this process alone.
-        settings: of `extract`.
-
-    Returns:
-        float32 tensor on the CPU, bit for bit what `extract` returned; of a Store a Stored of it.
-    """
-    found = cache and cache.read(images, **settings)
-    if found is not None:
-        utils.note(f"features of {images.name}: from the cache")
-        return found
-    batches = crew.batches(images, **settings) if crew else _batches_of(forward, images, **settings)
-    count = _count(images, **settings)
-    return cache.keep(batches, count, images, **settings) if cache else _gathered(batches, count)
-
-
-# --- many processes -------------------------------------------------------------------------------
-
-
-class Crew:
-    """The processes of an evaluation: rank 0 says whose features it wants, and all compute them.
-
-        crew = Crew(forward, sets)          # on all
-        if not distributed.is_lead():
-            return crew.serve()
-        take(forward, sets[0], crew=crew, ...)
-        crew.dismiss()
-
-    A single process is a crew too.
-
-    Args:
-        forward: the network, the same on all. sets: list of data.ImageSet, the same on all. Without
-            any there is nothing to do, and nobody to dismiss.
-
-    Raises:
-        UserError: the processes have different weights or images.
-    """
-
-    def __init__(self, forward=None, sets=()):
-        self._forward, self._sets = forward, sets
-        if distributed.world() > 1 and sets:
-            _compare([("the network", weights_hash(forward))] + [
-                (s.name, data.fingerprint(s.pixels, s.labels)) for s in sets])
-
-    def batches(self, images, **settings):
-        """Yield the features of one of the sets in order, float32 [n, D], on rank 0."""
-        index = next(i for i, s in enumerate(self._sets) if s is images)
-        distributed.from_lead((index, settings))
-        yield from _batches_of(self._forward, images, spread=True, **settings)
-
-    def serve(self):
-        """Help rank 0 until it dismisses the crew."""
-        while (order := distributed.from_lead(None)) is not None:
-            index, settings = order
-            extract(self._forward, self._sets[index], spread=True, **settings)
-
-    def dismiss(self):
-        """End the `serve` of the others. After an error the launcher ends them."""
-        if self._sets:
-            distributed.from_lead(None)
-
-
-def _compare(hashes):
-    """Stop if a process has something else than rank 0: lists of (name, hash)."""
-    for here, there in itertools.zip_longest(hashes, distributed.from_lead(hashes)):
-        if here != there:
-            name, _ = here or there
-            raise utils.UserError(f"{name} is not the same in process {distributed.rank()}, on "
-                                  f"{platform.node()}, as in process 0; all have to be started "
-                                  "with the same command, checkpoint and images")
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-class Stored:
-    """Features [N, D] in a file, of which no more is in memory than what is asked for.
-
-    The file is numpy's .npy of a float32 array (np.load can map it), with a JSON text behind the
-    array that says what it is of, and its sha256.
-
-    Args:
-        path: of the file.
-
-    Attributes:
-        shape: (N, D). device: of the rows that are read, the CPU. about: dict that stood behind
-            the array.
-
-    Raises:
-        ValueError: the file is another one.
-    """
-
-    device = torch.device("cpu")
+    device = torch.device("cpu")  # of the rows that are read
 
     def __init__(self, path):
         self.path = Path(path)
-        with open(path, "rb") as file:
-            npy.read_magic(file)
-            self.shape, by_columns, dtype = npy.read_array_header_1_0(file)
-            if dtype != np.float32 or by_columns or len(self.shape) != 2:
-                raise ValueError(f"it holds {dtype} {list(self.shape)}")
-            self._start, self._row = file.tell(), dtype.itemsize * self.shape[1]
-            file.seek(self._start + len(self) * self._row)
-            self.about = json.loads(file.read())
+        self.shape = self.numpy().shape
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
         """Read rows at a slice or at an int64 index: float32 tensor [n, D]."""
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(len(self))
-            runs = [(start, stop - start)]
-        else:
-            runs = [(row, 1) for row in rows.tolist()]
-        x, end = np.empty((sum(n for _, n in runs), self.shape[1]), np.float32), 0
-        with open(self.path, "rb", buffering=0) as file:
-            for row, n in runs:
-                start, end = end, end + n
-                at = self._start + row * self._row
-                if os.preadv(file.fileno(), [x[start:end]], at) < n * self._row:
-                    raise OSError(f"{self.path} ends before its row {row + n}")
-        return torch.from_numpy(x)
-
-    def pieces(self):
-        """Yield all rows in order, some at a time."""
-        return (self[start : start + PIECE] for start in range(0, len(self), PIECE))
+        rows = rows.numpy() if isinstance(rows, torch.Tensor) else rows
+        # Mapped anew each time, so that no page stays mapped, and counted, after it was read.
+        return torch.from_numpy(np.array(self.numpy()[rows]))
 
     def numpy(self):
         """Return the array, float32 [N, D], mapped from the file."""
-        return np.load(self.path, mmap_mode="r")
+        try:
+            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:  # the file was cut or replaced meanwhile
+            raise OSError(f"{self.path} cannot be read: {error}") from None
 
 
-class Cache:
-    """Features of one network on disk: a file FOLDER/WEIGHTS/SET-KEY.npy for each image set.
+class FeatureCache:
+    """Features of one network on disk: FOLDER/WEIGHTS/SET-KEY.npy, and a .json that says of what.
 
     Nothing that goes wrong with it is an error: a file that is damaged or about something else is
-    reported, computed again and replaced; a place that cannot be written to is reported once.
-
-    Args:
-        folder: of the cache; made when something is to be written.
-        forward: the network, a module on its device.
+    reported, computed again and replaced; a place that cannot be written to is reported once. The
+    folder is made when something is to be written.
     """
 
-    def __init__(self, folder, forward):
+    flag = "--cache-dir"
+
+    def __init__(self, folder, network):
         self.folder = Path(folder)
-        self._weights = weights_hash(forward)
-        self._device = next(forward.parameters()).device
+        self._weights = weights_hash(network)
+        self._device = next(network.parameters()).device
         self._writes = True
 
-    def about(self, images, *, size, batch_size, mean=None, std=None, mode="base", seed=0, copy=0,
-              precision="fp32", copies=None):
-        """Say what decides features to the last bit: a dict of plain types.
+    def key(self, images, settings):
+        """Return what decides features to the last bit: a dict of JSON's types.
 
-        Not in it: where checkpoint and images lie, the names of classes and paths; and the seed
-        where nothing is augmented. Batch size, device and torch version decide only rounding, but
-        a cache must not change a number either.
+        Not in it: paths, names of classes, and the seed where nothing is augmented. Batch size,
+        device and torch version decide only rounding, but a cache must change no bit of a number.
         """
-        mode = mode if copies is None else f"ssl, {copies} copies"
+        augmented = settings.mode != "base" or settings.copies is not None
+        machine = f"cpu {torch.backends.cpu.get_cpu_capability()}"
         if self._device.type == "cuda":
             machine = torch.cuda.get_device_name(self._device)
-        else:
-            machine = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        return {
-            "format": CACHE_FORMAT, "weights": self._weights,
-            "images": data.fingerprint(images.pixels, images.labels), "size": size,
-            "mean": mean and [float(v) for v in mean], "std": std and [float(v) for v in std],
-            "mode": mode,
-            "draws": None if mode == "base" else [_kind(images), seed, copy],
-            "precision": precision, "batch_size": batch_size, "machine": machine,
-            "torch": torch.__version__,
+        return utils.to_json_types(asdict(settings)) | {
+            "format": CACHE_FORMAT, "weights": self._weights, "machine": machine,
+            "images": data.fingerprint(images.pixels, images.labels), "torch": torch.__version__,
+            "seed": [_kind(images), settings.seed] if augmented else None,
         }
 
-    def path(self, images, about):
-        """Return the place of features that `about` says what they are of."""
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        return self.folder / self._weights[:16] / f"{_kind(images)}-{key[:16]}.npy"
+    def path(self, images, key):
+        """Return the place of the features that have a key."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / self._weights[:16] / f"{_kind(images)}-{digest[:16]}.npy"
 
-    def read(self, images, **settings):
+    def read(self, images, settings):
         """Return the features of a set, float32 [N, D], or None where they are not to be had."""
-        found = self._find(images, **settings)
-        return None if found is None else _gathered(found.pieces(), len(found))
+        found = self._find(images, settings)
+        return None if found is None else found[:]
 
-    def keep(self, batches, n, images, **settings):
-        """Return the features of a set, [n, D], of batches; a failure to keep them is noted."""
-        x = _gathered(batches, n)
-        path, about = self._place(images, **settings)
+    def keep(self, batches, images, settings):
+        """Return the features of a set, [N, D], of batches; a failure to keep them is noted."""
+        x = _concatenate(batches, settings.rows(images))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, x.split(PIECE), n, about)
-        except (OSError, utils.UserError) as error:
+            self._write([x], images, settings)
+        except (utils.RunError, utils.UserError) as error:
             if self._writes:
-                utils.note(f"--cache-dir: {path} cannot be written ({_reason(error)}); features "
-                           "are not kept")
+                utils.note(f"{error}; features are not kept")
             self._writes = False
         return x
 
-    def _place(self, images, **settings):
-        about = self.about(images, **settings)
-        return self.path(images, about), about
-
-    def _find(self, images, **settings):
-        """The Stored of a set, checked to the last bit, or None."""
-        path, about = self._place(images, **settings)
+    def _find(self, images, settings):
+        """The DiskFeatures of a set, checked to the last bit, or None."""
+        key = self.key(images, settings)
+        path = self.path(images, key)
         try:
-            found = Stored(path)
-            digest = hashlib.sha256()
-            for rows in found.pieces():
-                digest.update(rows.numpy())
-            if found.about != about | {"sha256": digest.hexdigest()}:
-                raise ValueError("it is not what it says, or about something else")
+            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            if about != key | {"sha256": storage.file_hash(path)}:
+                raise ValueError("it is damaged, or about something else")
+            return DiskFeatures(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except Exception as error:  # numpy raises many types for foreign bytes
-            utils.note(f"features of {images.name}: {path} cannot be used ({_reason(error)}); "
-                       "computed again")
+        except (OSError, ValueError) as error:
+            utils.note(f"features of {images.name}: {path} cannot be used ({error}); computed "
+                       "again")
             return None
-        return found
 
-
-class Store(Cache):
-    """A Cache whose features are written as they are computed and never in memory whole.
-
-    Its files are a Cache's. Damaged ones are made again likewise, but a place that cannot be
-    written to is an error: the features have no other.
-
-    Args: as for Cache.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-
-    def __init__(self, folder, forward):
-        super().__init__(folder, forward)
-        utils.make_folder(self.folder, "--feature-store")
-
-    def read(self, images, **settings):
-        """Return the features of a set as a Stored, or None where they are not to be had."""
-        return self._find(images, **settings)
-
-    def keep(self, batches, n, images, **settings):
-        """Write the features of a set, [n, D] of batches; returns a Stored of them.
-
-        Raises:
-            RunError: they cannot be written.
-        """
-        path, about = self._place(images, **settings)
+    def _write(self, batches, images, settings):
+        """Write features that come in batches [B, D], then what they are of; returns the path."""
+        key = self.key(images, settings)
+        path = self.path(images, key)
+        about, n = path.with_suffix(".json"), settings.rows(images)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, _without_os_errors(batches), n, about)
+            about.unlink(missing_ok=True)  # it must not speak for the new array
+            with storage.atomic_write(path) as file:
+                for i, batch in enumerate(batches):
+                    x = batch.cpu().numpy()
+                    if i == 0:
+                        header = {"descr": "<f4", "fortran_order": False, "shape": (n, x.shape[1])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(x)
+            with storage.atomic_write(about, "w", encoding="utf-8") as file:
+                json.dump(key | {"sha256": storage.file_hash(path)}, file)
         except OSError as error:
-            raise utils.RunError(f"--feature-store: {path} cannot be written ({_reason(error)})"
-                                 ) from None
-        return Stored(path)
+            raise utils.RunError(
+                f"{self.flag}: {path} cannot be written ({error.strerror or error})") from None
+        return path
 
 
-def _without_os_errors(batches):
-    """The same batches; images that cannot be read are no fault of the file that is written."""
-    try:
-        yield from batches
-    except OSError as error:
-        raise utils.RunError(str(error)) from error
+class FeatureStore(FeatureCache):
+    """A FeatureCache whose features are written as they are computed and never in memory whole.
 
+    A folder that cannot be written to is a UserError here, a file a RunError: there is no other
+    place for the features.
+    """
 
-def _reason(error):
-    """One line of an error."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return getattr(error, "strerror", None) or first
+    flag = "--feature-store"
 
+    def __init__(self, folder, network):
+        super().__init__(folder, network)
+        storage.make_output_folder(self.folder, self.flag)
 
-def _write(path, batches, n, about):
-    """Write features [n, D], which come in batches, and what they are of, whole or not at all."""
-    digest = hashlib.sha256()
-    with utils.whole_file(path) as file:
-        for i, batch in enumerate(batches):
-            x = batch.cpu().numpy()
-            if i == 0:
-                npy.write_array_header_1_0(file, {
-                    "descr": npy.dtype_to_descr(x.dtype), "fortran_order": False,
-                    "shape": (n, x.shape[1])})
-            digest.update(x)
-            file.write(x)
-        file.write(json.dumps(about | {"sha256": digest.hexdigest()}).encode())
+    read = FeatureCache._find  # the rows stay in their file
+
+    def keep(self, batches, images, settings):
+        """Write the features of a set, [N, D], as their batches come; returns DiskFeatures."""
+        return DiskFeatures(self._write(batches, images, settings))
 
 
 def weights_hash(module):
-    """Return a hex digest of the names, types, shapes and values of a module's state.
-
-    A checkpoint that is saved again, in another dialect even, has the same.
-    """
+    """Return a hex digest of a module's state; however its checkpoint is stored, it is the same."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         array = value.cpu().contiguous().numpy()

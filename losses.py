@@ -37,14 +37,14 @@ class SupConLoss(nn.Module):
         Args:
             features: float [B, V, D], V >= 2 views of each image, rows of unit length.
             labels: int64 [B], the classes (SupCon); None for SimCLR.
-            rows: slice of the B images, those whose views are the i of the sum. What the views of
-                the others say is in the parts of other processes.
+            rows: slice of the B images, those whose views are the i of the sum; the others' parts
+                of the loss are computed by other processes.
 
         Returns:
             float scalar, a sum over i divided by B*V.
 
         Raises:
-            ValueError: features are not three-dimensional, have one view, or differ from labels.
+            ValueError: shapes other than these.
         """
         if features.dim() != 3 or features.shape[1] < 2:
             raise ValueError(f"features must be [B, V >= 2, D], not {list(features.shape)}")

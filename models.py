@@ -1,11 +1,13 @@
 """The networks: CIFAR-style ResNets, and the two heads that training puts on them.
 
-    network = build_model("resnet18", "SimCLR", generator=torch.Generator().manual_seed(0))
+    network = build_model("resnet18", "projection", generator=torch.Generator().manual_seed(0))
     network.encoder(images)   # [B, 512] features, on which outliers are detected
     network(images)           # [B, 128] unit vectors, on which the loss is taken
 
 Parameter names and shapes are those of the original, so its checkpoints load as they are.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +59,8 @@ def _shortcut(in_planes, out_planes, stride):
     """Project the input where its shape differs from the output's; else pass it through."""
     if stride == 1 and in_planes == out_planes:
         return nn.Sequential()
-    return nn.Sequential(
-        nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False),
-        nn.BatchNorm2d(out_planes),
-    )
+    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False),
+                         nn.BatchNorm2d(out_planes))
 
 
 class ResNet(nn.Module):
@@ -69,12 +69,8 @@ class ResNet(nn.Module):
     A 3x3 stride-1 stem and no max-pool, whatever the input size, then four stages of 64, 128,
     256 and 512 planes with strides 1, 2, 2, 2 and a global average pool.
 
-    Args:
-        block: BasicBlock or Bottleneck.
-        depths: number of blocks of each of the four stages.
-
-    Shape:
-        input float [B, 3, S, S], S >= 8; output float [B, width], `width` = 512 * block.expansion.
+    Args: block: BasicBlock or Bottleneck. depths: number of blocks of each of the four stages.
+    Shape: float [B, 3, S, S], S >= 8 -> float [B, width], `width` = 512 * block.expansion.
     """
 
     def __init__(self, block, depths):
@@ -98,38 +94,18 @@ class ResNet(nn.Module):
         return self.avgpool(out).flatten(1)  # [B, width]
 
 
-def resnet18():
-    """Build the encoder of 18 layers, 512 features."""
-    return ResNet(BasicBlock, (2, 2, 2, 2))
-
-
-def resnet34():
-    """Build the encoder of 34 layers, 512 features."""
-    return ResNet(BasicBlock, (3, 4, 6, 3))
-
-
-def resnet50():
-    """Build the encoder of 50 layers, 2,048 features."""
-    return ResNet(Bottleneck, (3, 4, 6, 3))
-
-
-def resnet101():
-    """Build the encoder of 101 layers, 2,048 features."""
-    return ResNet(Bottleneck, (3, 4, 23, 3))
-
-
-ARCHITECTURES = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101)}
+ARCHITECTURES = {  # functions () -> encoder of 512, 512, 2,048 and 2,048 features
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+}
 
 
 class SSLResNet(nn.Module):
-    """Put the projection head of contrastive training on an encoder (SimCLR and SupCon).
+    """Put the projection head of contrastive training on a ResNet (SimCLR and SupCon).
 
-    Args:
-        encoder: a ResNet.
-        dim: width of the output.
-
-    Shape:
-        input float [B, 3, S, S]; output float [B, dim], each row of unit length.
+    Shape: float [B, 3, S, S] -> float [B, dim], each row of unit length.
     """
 
     def __init__(self, encoder, dim=128):
@@ -146,14 +122,9 @@ class SSLResNet(nn.Module):
 
 
 class SupResNet(nn.Module):
-    """Put a linear classifier on an encoder (SupCE).
+    """Put a linear classifier on a ResNet (SupCE).
 
-    Args:
-        encoder: a ResNet.
-        num_classes: width of the output.
-
-    Shape:
-        input float [B, 3, S, S]; output float [B, num_classes], logits.
+    Shape: float [B, 3, S, S] -> float [B, num_classes], logits.
     """
 
     def __init__(self, encoder, num_classes):
@@ -165,15 +136,16 @@ class SupResNet(nn.Module):
         return self.head(self.encoder(x))
 
 
-def build_model(arch, training_mode, num_classes=10, generator=None):
-    """Build the network of a training mode with fresh weights.
+HEADS = {"projection": lambda encoder, num_classes: SSLResNet(encoder), "classifier": SupResNet}
+
+
+def build_model(arch, head, num_classes=10, generator=None):
+    """Build a network with fresh weights.
 
     Args:
-        arch: a key of ARCHITECTURES.
-        training_mode: "SimCLR" or "SupCon" (projection head), or "SupCE" (classifier).
-        num_classes: width of the classifier; only SupCE has one.
-        generator: torch.Generator on the CPU that the weights are drawn from; None draws from
-            torch's global one.
+        arch: a key of ARCHITECTURES. head: a key of HEADS: "projection" (SimCLR, SupCon) or
+            "classifier" (SupCE). num_classes: width of the classifier.
+        generator: torch.Generator on the CPU, of the weights; None is torch's global one.
 
     Returns:
         SSLResNet or SupResNet, in training mode, float32, on the CPU.
@@ -182,14 +154,11 @@ def build_model(arch, training_mode, num_classes=10, generator=None):
     fan-out, batch norm 1 and 0, linear layers torch's default); not the same draws.
     """
     with torch.random.fork_rng(devices=[]):  # layers draw once when they are made
-        encoder = ARCHITECTURES[arch]()
-        supervised = training_mode == "SupCE"
-        network = SupResNet(encoder, num_classes) if supervised else SSLResNet(encoder)
+        network = HEADS[head](ARCHITECTURES[arch](), num_classes)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
-            )
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu",
+                                    generator=generator)
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5  # what nn.Linear draws from, for weight and bias
             nn.init.uniform_(module.weight, -bound, bound, generator=generator)
@@ -201,25 +170,19 @@ def restore(network, state):
     """Copy a state dict into a network, every key and shape matching. Changes `network`.
 
     Args:
-        network: what build_model returned.
-        state: {name: tensor}, names as utils.load_checkpoint returns them.
+        network: what build_model returned. state: {name: tensor}, as of load_checkpoint.
 
     Raises:
         ValueError: names the first keys that differ; `network` is then untouched.
     """
-    expected = network.state_dict()
-    missing = [k for k in expected if k not in state]
-    unknown = [k for k in state if k not in expected]
-    shapes = [
-        f"{k} is {list(state[k].shape)}, not {list(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    faults = []
-    for title, names in (("missing", missing), ("unknown", unknown), ("of other shape", shapes)):
-        if names:
-            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-            faults.append(f"{title}: {', '.join(names[:2])}{more}")
-    if faults:
-        raise ValueError("; ".join(faults))
+    expected, found = ({k: list(v.shape) for k, v in s.items()}
+                       for s in (network.state_dict(), state))
+    faults = {"missing": [k for k in expected if k not in found],
+              "unknown": [k for k in found if k not in expected],
+              "of other shape": [f"{k} is {found[k]}, not {shape}" for k, shape in expected.items()
+                                 if found.get(k, shape) != shape]}
+    texts = [f"{title}: {', '.join(names[:2])}" + f" and {len(names) - 2} more" * (len(names) > 2)
+             for title, names in faults.items() if names]
+    if texts:
+        raise ValueError("; ".join(texts))
     network.load_state_dict(state)

@@ -1,767 +1,371 @@
 #!/usr/bin/env python3
 """Reproduce a published table: run what is missing, set ours beside the published numbers.
 
-    python reproduce.py digits --seeds 2          # minutes on a CPU, no download
+    python reproduce.py demo --seeds 1            # minutes on a CPU, no download
     python reproduce.py readme --dry-run          # the commands, and how far each has come
     python reproduce.py readme --seeds 3 --slurm  # into the queue; then --report
     python reproduce.py readme --report --readme README.md
 
 A table is configs/tables/TABLE.yaml. Networks are trained once below RESULTS/networks, whatever
 rows and tables use them; evaluations and table.md, table.csv and index.html go to RESULTS/TABLE.
-Typed again, the command goes on where it stopped. Exit status: 0 all there, 1 a part failed, 2 bad
-input, 75 stopped by a signal (the same command continues).
+The same command continues. Exit status: 0 all there, 1 a part failed, 2 bad input, 75 stopped.
 """
 
-import ast
 import contextlib
-import fcntl
+import functools
 import hashlib
+import importlib
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
+import textwrap
 import time
-from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from signal import Signals
+from typing import NamedTuple
 
-import distributed
-import evaluation
-import figures
-import page
-import runs
-import tables
+import filelock
+
 import utils
-from utils import RunError, UserError, number
+from infra import program, runs, storage
+from report import figures, page, tables
+from report.records import read_records
+from utils import RunError, Stopped, UserError, number
 
 HERE = Path(__file__).resolve().parent
-# Settings of a training that decide no number, and those that this program gives itself. What
-# some of the former mean is resolved in a run, but not here, so that they count.
-UNCOUNTED = ({key.replace("_", "-") for key in runs.UNCOUNTED}
-             - {"fast", "mean", "std", "workers"})
-GIVEN = ("config", "seed", "exp-name", "results-dir", "data-dir", "no-download", "no-resume")
-
-# The program files that decide numbers. A change of them, comments apart, makes a result stale.
-SHARED_CODE = ("augment.py", "data.py", "distributed.py", "models.py", "utils.py")
-TRAINING_CODE = ("train.py", "trainers.py", "losses.py", "stream.py", *SHARED_CODE)
-FEATURE_CODE = ("features.py", *SHARED_CODE)
-EVALUATION_CODE = ("evaluation.py", "detection.py", *FEATURE_CODE)
+NETWORK, LOCK = "latest_exp/checkpoint/checkpoint.pth.tar", "reproduce.lock"
+# Settings that decide no number. A run resolves what the four mean; in a recipe they count.
+NOT_IN_IDENTITY = {key.replace("_", "-") for key in runs.NOT_IN_IDENTITY} - {
+    "fast", "mean", "std", "workers"}
 
 
 def parser():
     """Build the command line."""
     p = utils.Parser(description=__doc__)
-    known = ", ".join(sorted(path.stem for path in tables.FOLDER.glob("*.yaml")))
-    p.add_argument("table", metavar="TABLE", help=f"{known}, or the path of a .yaml file")
-    p.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N",
-                   help="networks of each row, with the seeds 1 to N")
-    p.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the table only")
-    p.add_argument("--results-dir", default="results/tables",
-                   help="where networks and tables are written")
-    p.add_argument("--data-dir", help="where image sets are (default: as the programs' own)")
-    p.add_argument("--no-download", action="store_true", help="never fetch a missing set")
-    p.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH",
-                   help="where your copy of an outlier set is: a folder of images, or an .npz file")
-    p.add_argument("--override", nargs="+", default=[], metavar="FLAG=VALUE",
-                   help="flags of every training, as epochs=1 or fast=true, instead of the table's")
-    p.add_argument("--accept-stale", action="store_true",
-                   help="take finished results of another version for what is not done in this one")
-    p.add_argument("--readme", metavar="FILE.md",
-                   help="also write the table into this file, between its markers")
-    how = p.add_mutually_exclusive_group()
-    how.add_argument("--dry-run", action="store_true",
-                     help="print the commands and their states; run and write nothing")
-    how.add_argument("--slurm", action="store_true",
-                     help="submit what is missing with sbatch (slurm/*.sbatch), and end")
-    how.add_argument("--report", action="store_true",
-                     help="run nothing; write the table and the page of what is there")
+    add = p.add_argument
+    add("table", metavar="TABLE", help=f"{', '.join(tables.names())}, or a .yaml file")
+    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="networks of each row")
+    add("--only", nargs="+", metavar="ROW", help="run these rows of the table only")
+    add("--results-dir", default="results/tables", help="where networks and tables are written")
+    add("--data-dir", help="where image sets are (default: as the programs' own)")
+    add("--no-download", action="store_true", help="never fetch a missing set")
+    add("--sets", nargs="+", metavar="NAME=PATH", help="your outlier sets: folders, .npz files")
+    add("--override", nargs="+", metavar="FLAG=VALUE", help="flags of every training, as epochs=1")
+    add("--readme", metavar="FILE.md", help="also write the table between its markers here")
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--dry-run", action="store_true", help="print commands and their states, write nothing")
+    add("--slurm", action="store_true", help="submit what is missing with sbatch, and end")
+    add("--report", action="store_true", help="run nothing, write what is there")
     return p
 
 
-# --- what there is to do --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command, where its results lie, and what they depend on.
-
-    Attributes:
-        title: in messages.
-        home: folder of the results, which has the digest in its name: another version of the
-            recipe or of the programs gets another folder, and nothing is overwritten.
-        arguments: script and its arguments. identity: all that the numbers depend on.
-        after: the Job whose network is evaluated, None for a training.
-        row, seed, draw: of an evaluation. sets: {as a record calls it: as the table calls it}.
-        records: path of an evaluation's records. expected: (set, clusters) that they must hold.
-        accepted: whether this is a stale result, taken because the user said so.
-    """
+class Job(NamedTuple):
+    """A training or an evaluation: its command, where its results lie, what they depend on."""
 
     title: str
-    home: Path
-    arguments: tuple
-    identity: dict
-    after: "Job | None" = None
+    home: Path  # of the results; a digest of the identity is in its name
+    words: list  # the command less its python
+    identity: dict  # the settings that the numbers depend on
+    seed: int
+    network: Path | None = None  # folder of the training whose network is evaluated
     row: str = ""
-    seed: int = 0
-    draw: int = 0
-    sets: dict = field(default_factory=dict)
     records: Path | None = None
-    expected: frozenset = frozenset()
-    accepted: bool = False
+    places: dict | None = None  # {(set, clusters) of a record: (row, set, clusters) in the table}
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What the command line says about every job."""
-
-    results: Path
-    data_dir: str | None
-    no_download: bool
-    overrides: dict
-    sets: dict
-    accept_stale: bool
-
-    def where(self):
-        """Return the flags that say where image sets are."""
-        flags = {"data-dir": self.data_dir, "no-download": self.no_download or None}
-        return _flags({key: value for key, value in flags.items() if value is not None})
-
-
-def plan(table, seeds, choices):
+def plan(table, seeds, results, overrides, sets, where):
     """List the jobs of a table, each network once, before the evaluations that need it.
 
     Args:
-        table: tables.Table. seeds: how many networks of each row. choices: Choices.
-
-    Returns:
-        (jobs, missing): list of Job; {(row, outlier set): why it is left out}.
+        table: see `tables.read`. seeds: networks of each row. overrides: flags of every training.
+        sets: {outlier set that the user has: (its name for --ood, a digest of its files)}.
+        where: words of a command line that say where image sets are.
     """
-    jobs, missing = {}, {}
-    for row in table.rows.values():
-        groups = {}  # a set of the user's is evaluated alone: another one need not repeat it
-        for ood in row.ood:
-            if ood in choices.sets:
-                groups[ood] = [ood]
-            elif ood in table.sets:
-                missing[row.name, ood] = f"it is {table.sets[ood]['needs']}; --sets {ood}=PATH"
-            else:
-                groups.setdefault("", []).append(ood)
-        for seed in range(1, seeds + 1) if groups else ():
-            network = training_job(row, seed, choices)
-            network = jobs.setdefault(network.home, network)
-            for draw in range(1, row.draws + 1):
-                for only, ood in groups.items():
-                    job = evaluation_job(table, row, network, draw, only, ood, choices)
-                    jobs[job.home] = job
-    return list(jobs.values()), missing
+    jobs = {}
+    for (name, row), seed in product(table["rows"].items(), range(1, seeds + 1)):
+        groups = {}  # a set of the user's is evaluated alone, so that a later one repeats nothing
+        for ood in row["eval"]["ood"]:
+            if ood in sets or "needs" not in table["sets"].get(ood, {}):
+                groups.setdefault(f"-{ood}" if ood in sets else "", []).append(ood)
+        if not groups:
+            continue
+        flags, recipe = row["train"] | overrides, HERE / row["train"]["config"]
+        settings = {str(key): value for key, value in (utils.read_yaml(recipe) | flags).items()
+                    if key not in NOT_IN_IDENTITY}
+        kind = "-".join([recipe.stem, *(f"{k}{v}" for k, v in flags.items() if k != "config")])
+        kind = re.sub(r"[^A-Za-z0-9_.-]+", "_", kind)
+        home = network = results / "networks" / f"{kind}-{_digest(settings)}-seed{seed}"
+        words = [os.path.relpath(HERE / "train.py"), "--config", os.path.relpath(recipe),
+                 *_words(flags), "--seed", str(seed), "--exp-name", home.name,
+                 "--results-dir", str(home.parent), *where]
+        jobs[home] = Job(f"train {kind}, seed {seed}", home, words, settings, seed)
+        for draw, (alone, ood) in product(range(1, row["draws"] + 1), groups.items()):
+            specs = {sets.get(o, [o])[0]: o for o in ood}
+            identity = {"network": network.name, **row["eval"],
+                        "ood": {o: sets.get(o, [o])[-1] for o in ood}}
+            which = [f"seed {seed}"] + [f"draw {draw}"] * (row["draws"] > 1)
+            home = "-".join([name + alone, _digest(identity), *which]).replace(" ", "")
+            home, script = results / table["name"] / home, tables.METHODS[row["eval"]["method"]]
+            words = [os.path.relpath(HERE / script), "--ckpt", str(network / NETWORK),
+                     "--ood", *specs, *_words(row["eval"]), "--plot",
+                     "--seed", str(draw if row["draws"] > 1 else seed), "--exp-name", name,
+                     "--cache-dir", str(results / "features"), "--results-dir", str(home), *where]
+            places = {(s, m): (name, o, m) for s, o in specs.items() for m in row["clusters"]}
+            records = home / f"{name}_{row['eval']['method']}.jsonl"
+            jobs[home] = Job(", ".join([f"evaluate {name}{alone}", *which]), home, words, identity,
+                             seed, network, name, records, places)
+    return list(jobs.values())
 
 
-def of_rows(jobs, rows):
-    """Return the evaluations of some rows, by name, and the trainings that they need."""
-    needed = {job.after.home for job in jobs if job.row in rows}
-    return [job for job in jobs if job.row in rows or job.home in needed]
-
-
-def training_job(row, seed, choices):
-    """Return the Job that trains the network of a row."""
-    recipe = HERE / row.config
-    overrides = {**row.overrides, **choices.overrides}
-    settings = {str(k).replace("_", "-"): v for k, v in utils.read_yaml(recipe).items()}
-    settings = {k: v for k, v in {**settings, **overrides}.items() if k not in UNCOUNTED}
-    kind = "".join(f"-{key}{_flat(value)}" for key, value in overrides.items())
-    name = recipe.stem + re.sub(r"[^A-Za-z0-9_.-]", "_", kind)
-    identity = {"settings": settings, "code": code_digests(TRAINING_CODE)}
-    home, identity, accepted = _home(
-        choices, choices.results / "networks", name, f"seed{seed}", identity, is_trained
-    )
-    arguments = (
-        "train.py", "--config", os.path.relpath(recipe), *_flags(overrides), "--seed", str(seed),
-        "--exp-name", home.name, "--results-dir", str(home.parent), *choices.where(),
-    )
-    return Job(f"train {name}, seed {seed}", home, arguments, identity, seed=seed,
-               accepted=accepted)
-
-
-def evaluation_job(table, row, network, draw, only, ood, choices):
-    """Return the Job that evaluates a row's network on some of its outlier sets.
-
-    Args:
-        only: name of the set, where the user has it and it is evaluated alone; else "".
-    """
-    script, _ = tables.METHODS[row.method]
-    specs = {choices.sets[o][0] if o in choices.sets else o: o for o in ood}
-    identity = {
-        "network": network.identity, "method": row.method, "flags": row.flags,
-        "sets": {o: choices.sets[o][1] if o in choices.sets else o for o in ood},
-        "code": code_digests((script, *EVALUATION_CODE)),
-    }
-    expected = frozenset((spec, m) for spec in specs for m in row.clusters)
-    base = f"{row.name}_{row.method}"
-    name = row.name + f"-{only}" * bool(only)
-    which = f"seed{network.seed}" + f"-draw{draw}" * (row.draws > 1)
-    home, identity, accepted = _home(
-        choices, choices.results / table.name, name, which, identity,
-        lambda home: is_evaluated(home / f"{base}.jsonl", expected),
-    )
-    seed = draw if row.draws > 1 else network.seed  # draws differ in nothing else
-    cache = choices.results / "features" / _digest(code_digests(FEATURE_CODE))
-    arguments = (
-        script, "--ckpt", str(network.home / "latest_exp/checkpoint/checkpoint.pth.tar"),
-        "--ood", *specs, *_flags(row.flags), "--seed", str(seed), "--plot",
-        "--cache-dir", str(cache),
-        "--exp-name", row.name, "--results-dir", str(home), *choices.where(),
-    )
-    title = f"evaluate {name}, seed {network.seed}" + f", draw {draw}" * (row.draws > 1)
-    return Job(title, home, arguments, identity, network, row.name, network.seed, draw, specs,
-               home / f"{base}.jsonl", expected, accepted or network.accepted)
-
-
-def _home(choices, parent, name, which, identity, is_finished):
-    """The folder of a job, its identity, and whether it is an accepted stale one."""
-    home = parent / f"{name}-{_digest(identity)}-{which}"
-    if choices.accept_stale and not is_finished(home):
-        for other in reversed(versions_of(home)):
-            theirs = _identity(other).get("identity")
-            if theirs and is_finished(other):
-                return other, theirs, True
-    return home, identity, False
-
-
-def _digest(identity):
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def versions_of(home):
-    """Return the folders of other versions of a job, the oldest first."""
-    name, which = re.fullmatch(r"(.+)-[0-9a-f]{8}-(seed\d+(?:-draw\d+)?)", home.name).groups()
-    pattern = re.compile(f"{re.escape(name)}-[0-9a-f]{{8}}-{which}")
-    found = home.parent.iterdir() if home.parent.is_dir() else ()
-    others = [p for p in found if pattern.fullmatch(p.name) and p != home and is_started(p)]
-    return sorted(others, key=lambda p: p.stat().st_mtime)
-
-
-def code_digests(files):
-    """Return {file: digest of its code}; comments, docstrings and layout do not count."""
-    return {name: _code_digest(HERE / name) for name in sorted(files)}
-
-
-def _code_digest(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
-
-
-def _flags(settings):
-    """{"epochs": 3, "normalize": True} -> ["--epochs", "3", "--normalize"]."""
-    found = []
-    for key, value in settings.items():
-        if isinstance(value, bool):
-            found.append(f"--{key}" if value else f"--no-{key}")
-        else:
+def _words(flags):
+    """{"epochs": 3, "sync-bn": True} -> ["--epochs", "3", "--sync-bn"]."""
+    words = []
+    for key, value in flags.items():
+        if key not in ("config", "method", "ood"):
+            words.append(("--no-" if value is False else "--") + key.replace("_", "-"))
             values = value if isinstance(value, list) else [value]
-            found += [f"--{key}", *map(str, values)]
-    return found
+            words += [] if isinstance(value, bool) else map(str, values)
+    return words
 
 
-def _flat(value):
-    return "".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def command_line(job, python="python"):
-    """Return the command of a job as a list."""
-    script, *arguments = job.arguments
-    return [python, os.path.relpath(HERE / script), *arguments]
-
-
-# --- how far it has come --------------------------------------------------------------------------
+def _digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def state(job):
-    """Tell how far a job has come.
-
-    Returns:
-        (state, detail): "done", "running", "broken" (started, not finished), "stale" (finished or
-        started in another version only; what differs) or "to do".
-    """
-    if is_done(job):
-        return "done", "of another version, accepted" if job.accepted else ""
-    if _is_locked(job.home):
-        return "running", ""
-    number = _identity(job.home).get("slurm")
-    if is_queued(number):
-        return "running", f"job {number} of the queue"
-    if is_started(job.home):
-        return "broken", "started, not finished"
-    others = versions_of(job.home)
-    if others:
-        return "stale", f"{others[-1]} differs in {_difference(others[-1], job)}"
-    return "to do", ""
+    """Return how far a job has come: done, unfinished (broken off, or running now) or to do."""
+    if job.network is None:
+        is_done = runs.is_finished(job.home / "latest_exp")
+    else:
+        found = {(r.get("ood"), r.get("clusters")) for r in read_records(job.records)}
+        last = job.records.with_name(f"{job.records.stem}_precision_recall.png")
+        is_done = job.places.keys() <= found and last.is_file()
+    started = job.home.is_dir() and any(path.name != LOCK for path in job.home.iterdir())
+    return "done" if is_done else "unfinished" if started else "to do"
 
 
-def is_done(job):
-    """Tell whether a job's results are complete."""
-    if job.after is None:
-        return is_trained(job.home)
-    return is_evaluated(job.records, job.expected)
+def commit():
+    """Return the project's commit, with "+changes" where programs differ; "unknown" outside git."""
+    git = functools.partial(subprocess.check_output, cwd=HERE, text=True, stderr=subprocess.DEVNULL)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if git(shlex.split("git ls-files reproduce.py")):  # or it is not the project's
+            changes = git(shlex.split("git diff --name-only HEAD -- *.py :!tests :!benchmarks"))
+            return git(["git", "rev-parse", "--short", "HEAD"]).strip() + "+changes" * bool(changes)
+    return "unknown"
 
 
-def is_started(home):
-    """Tell whether a folder holds anything of a job, be it typed by hand."""
-    return home.is_dir() and any(p.name != "lock" for p in home.iterdir())
+def commit_of(job):
+    """Return the commit that a job was last started with."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((job.home / "identity.json").read_text(encoding="utf-8"))["commit"]
+    return "unknown"
 
 
-def is_trained(home):
-    """Tell whether the newest run below a folder has ended."""
-    return runs.finished(home / "latest_exp")
+def _write_identity(job):
+    content = {"identity": job.identity, "command": ["python", *job.words], "commit": commit()}
+    _write(job.home / "identity.json", json.dumps(content, indent=1, default=str) + "\n")
 
 
-def is_evaluated(path, expected):
-    """Tell whether the records of an evaluation are all there, and its plots after them."""
-    found = {(r.get("ood"), r.get("clusters")) for r in evaluation.read_records(path)}
-    return expected <= found and path.with_name(f"{path.stem}_precision_recall.png").is_file()
+def _write(path, text):
+    with storage.atomic_write(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
 
 
-def _identity(home):
-    """What stands in a job's identity.json, {} without one."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((home / "identity.json").read_text(encoding="utf-8"))
-    return {}
-
-
-def write_identity(job, **more):
-    """Write beside a job's results what they depend on, before there are any."""
-    content = {"identity": job.identity, "command": command_line(job), **more,
-               "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write(job.home / "identity.json", json.dumps(content, indent=1) + "\n")
-
-
-def _difference(other, job):
-    """In what the version in a folder differs from a job, in words."""
-    before, now = (_leaves(x) for x in (_identity(other).get("identity", {}), job.identity))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    words = [key.removeprefix("code.") if key.startswith("code.")
-             else f"{key} ({before.get(key, 'none')} there, {now.get(key, 'none')} now)"
-             for key in changed]
-    return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
-
-
-def _leaves(tree, above=""):
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        found |= _leaves(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
-    return found
-
-
-# --- running --------------------------------------------------------------------------------------
-
-
-def _is_locked(home):
-    try:
-        with open(home / "lock", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-class Runner:
-    """Run commands one at a time and hand signals on to the one that runs.
-
-    A command holds its job's lock as long as it lives, even if this program is killed: typed again,
-    it sees that the job runs and waits for it.
-    """
-
-    def __init__(self):
-        self.signal, self._child = None, None
-        for each in distributed.asking():
-            signal.signal(each, self._hand_on)
-
-    def _hand_on(self, each, frame):
-        self.signal = each
-        if self._child is not None:
-            self._child.send_signal(each)
-
-    def stop_if_told(self, child_status=0):
-        """Raise utils.Stopped if a signal has come, here or to the command itself."""
-        if self.signal is not None or child_status == utils.STOPPED:
-            by = signal.Signals(self.signal).name if self.signal else "a signal"
-            raise utils.Stopped(f"stopped by {by}; the same command continues")
-
-    def attempt(self, job, wait):
-        """Run a job unless it is done or somebody else runs it.
-
-        Args:
-            job: Job. wait: whether to wait for somebody else to finish it.
-
-        Returns:
-            "done", "running", or why it failed.
-        """
-        utils.make_folder(job.home, "--results-dir")
-        with open(job.home / "lock", "ab") as lock:
-            if not self._lock(lock, wait):
-                return "running"
-            if is_done(job):
-                return "done"
-            if is_queued(_identity(job.home).get("slurm")):
-                return "running"
-            if not (job.home / "identity.json").is_file():
-                write_identity(job)
-            status = self._run(job, lock)
-        if is_done(job):
-            return "done"
-        self.stop_if_told(status)
-        by = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return f"ended with {by}" + " but its results are not complete" * (status == 0)
-
-    def _lock(self, lock, wait):
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            if not wait:
-                return False
-            self.stop_if_told()
-            time.sleep(0.5)
-
-    def _run(self, job, lock):
-        """Run the command of a job with the lock in its hands; return its exit status."""
-        print(f"\n$ {shlex.join(command_line(job))}", flush=True)
-        self._child = subprocess.Popen(
-            command_line(job, sys.executable), pass_fds=[lock.fileno()],
-            start_new_session=True,  # Ctrl-C comes here alone and is handed on once
-        )
-        if self.signal is not None:
-            self._child.send_signal(self.signal)
-        status = self._child.wait()
-        self._child = None
-        return status
+def listing(jobs):
+    """Return the commands of jobs, each below a comment that says how far it has come."""
+    return "".join(
+        f"# {job.title}: {now}" + f", commit {commit_of(job)}" * (now != "to do") + "\n"
+        + "# " * (now == "done") + shlex.join(["python", *job.words]) + "\n"
+        for job in jobs for now in [state(job)])
 
 
 def run_all(jobs):
-    """Run jobs in order; what somebody else runs is waited for at the end.
-
-    Args:
-        jobs: list of Job, trainings before their evaluations.
-
-    Returns:
-        {folder: why it failed}.
-    """
-    runner, failed, left = Runner(), {}, jobs
-    for wait in (False, True):
-        waiting, left = left, []
-        for job in waiting:
-            runner.stop_if_told()
-            if job.after is not None and job.after.home in failed:
-                failed[job.home] = "its training failed"
-                continue
-            behind = any(job.after is other for other in left)
-            result = "running" if behind else runner.attempt(job, wait)
-            if result == "running" and not wait:
-                left.append(job)
-            elif result == "running":
-                result = "is in the queue"
-            if result not in ("done", "running"):
-                failed[job.home] = result
-                utils.note(f"{job.title}: {result}")
-        if left and not wait:
-            utils.note(f"waits for what runs already: {left[0].title}")
+    """Run jobs in order; return {folder of a job: why it failed}. A signal goes to the command."""
+    failed = {}
+    with runs.stop_on_signals() as stop:
+        for job in jobs:
+            why = "its training failed" if job.network in failed else _attempt(job, stop)
+            if stop.number:
+                raise Stopped(f"stopped by {Signals(stop.number).name}; the same command continues")
+            if why:
+                failed[job.home] = why
+            print(f"{job.title}: {why or 'done'}", flush=True)
     return failed
 
 
-# --- Slurm ----------------------------------------------------------------------------------------
-
-
-def is_queued(number):
-    """Tell whether the queue has a job, by its number ("12" or "12_0"); no for None."""
-    if not number or shutil.which("squeue") is None:
-        return False
-    done = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True,
-                          text=True, check=False)
-    return done.returncode == 0 and bool(done.stdout.strip())
-
-
-def submissions(jobs):
-    """List what would be submitted: the seeds of a network as one array, then its evaluations.
-
-    Args:
-        jobs: list of Job that are neither done nor running.
-
-    Returns:
-        list of (jobs, arguments of sbatch).
-    """
-    arrays = {}
-    for job in (j for j in jobs if j.after is None):
-        arrays.setdefault(re.sub(r"seed\d+$", "", str(job.home)), []).append(job)
-    found = []
-    for together in arrays.values():
-        arguments = list(together[0].arguments[1:])
-        seed = str(together[0].seed)
-        arguments[arguments.index("--seed") + 1] = "{}"
-        arguments[arguments.index("--exp-name") + 1] = (
-            together[0].home.name.removesuffix(seed) + "{}"
-        )
-        seeds = [str(job.seed) for job in together]
-        found.append((together, [f"--array=0-{len(seeds) - 1}", "slurm/train.sbatch", *seeds,
-                                 *arguments]))
-    return found + [([j], ["slurm/eval.sbatch", *j.arguments]) for j in jobs if j.after is not None]
+def _attempt(job, stop):
+    """Run a job once no other process does, unless it is done; return why it failed, or ""."""
+    storage.make_output_folder(job.home, "--results-dir")
+    run, said = job.home / "latest_exp", False
+    while not stop.number:
+        with contextlib.suppress(filelock.Timeout), filelock.FileLock(job.home / LOCK, timeout=1):
+            if run.is_dir():  # a training may have outlived the reproduce.py that started it
+                filelock.FileLock(run / ".lock", timeout=1).acquire().lock.release()
+            if state(job) == "done":
+                return ""
+            _write_identity(job)
+            print(f"\n$ {shlex.join(['python', *job.words])}", flush=True)
+            # In its own session, or Ctrl-C would reach it twice: from the terminal and from here
+            with subprocess.Popen([sys.executable, *job.words], start_new_session=True) as child:
+                while child.poll() is None and not stop.number:
+                    time.sleep(0.1)
+                child.send_signal(stop.number)  # 0 does nothing
+            return "" if state(job) == "done" else f"exit status {child.returncode}"
+        if not said:
+            utils.note(f"{job.title}: waits for the process that runs it")
+        said = True
+    return ""
 
 
 def submit(jobs):
-    """Submit jobs with sbatch, evaluations to start when their training has ended well.
-
-    Raises:
-        UserError: no sbatch, or not in the project's folder. RunError: sbatch refused.
-    """
-    if shutil.which("sbatch") is None:
-        raise UserError("--slurm needs sbatch, which is not on PATH; without --slurm the commands "
-                        "are run here, and --dry-run prints them")
-    if Path.cwd() != HERE:
-        raise UserError(f"--slurm: the batch scripts start in the project's folder; cd {HERE}")
-    numbers = {}
-    for together, arguments in submissions(jobs):
-        before = together[0].after
-        waits_for = before and (numbers.get(before.home) or _identity(before.home).get("slurm"))
-        if waits_for and not is_done(before):
-            arguments = [f"--dependency=afterok:{waits_for}", *arguments]
-        command = ["sbatch", "--parsable", *arguments]
+    """Submit what is not in the queue with sbatch; an evaluation waits for its training."""
+    if shutil.which("sbatch") is None or Path.cwd() != HERE:
+        raise UserError(f"--slurm needs sbatch on PATH, and to be typed in {HERE}")
+    queue = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %j"], text=True,
+                           stdout=subprocess.PIPE, check=False).stdout
+    numbers = dict(line.strip().split(" ", 1)[::-1] for line in queue.splitlines())
+    for job in jobs:
+        if job.home.name in numbers:
+            print(f"# {job.title}: in the queue as {numbers[job.home.name]}")
+            continue
+        command = ["sbatch", "--parsable", f"--job-name={job.home.name}"]
+        if job.network and job.network.name in numbers:
+            command += [f"--dependency=afterok:{numbers[job.network.name]}",
+                        "--kill-on-invalid-dep=yes"]
+        command += (["slurm/eval.sbatch", *job.words] if job.network else
+                    ["slurm/train.sbatch", *job.words[1:]])
         print(f"$ {shlex.join(command)}", flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        number = done.stdout.strip().partition(";")[0]
-        if done.returncode or not number.isdecimal():
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-            raise RunError(f"sbatch did not take {together[0].title}: it said {said}")
-        for task, job in enumerate(together):
-            numbers[job.home] = number if job.after is not None else f"{number}_{task}"
-            utils.make_folder(job.home, "--results-dir")
-            write_identity(job, slurm=numbers[job.home])
-    print(f"{len(numbers)} jobs submitted; when they have ended: the same command with --report "
-          "instead of --slurm")
-
-
-# --- the results ----------------------------------------------------------------------------------
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise RunError(f"sbatch did not take {job.title}")
+        numbers[job.home.name] = done.stdout.strip().partition(";")[0]
+        storage.make_output_folder(job.home, "--results-dir")
+        _write_identity(job)
+    print("when the jobs have ended: the same command with --report in place of --slurm")
 
 
 def measure(jobs):
-    """Collect what done evaluations measured.
-
-    Returns:
-        {(row, outlier set, clusters): {seed: [record of each draw]}}; seeds with all draws only.
-    """
-    draws, found = {}, {}
-    for job in (j for j in jobs if j.after is not None and is_done(j)):
-        for record in evaluation.read_records(job.records):  # of a repeated one the last counts
-            key = record.get("ood"), record.get("clusters")
-            if key in job.expected:
-                cell = draws.setdefault((job.row, job.sets[key[0]], key[1], job.seed), {})
-                cell[job.draw] = record
-    wanted = {}
-    for job in (j for j in jobs if j.after is not None):
-        wanted[job.row] = max(wanted.get(job.row, 0), job.draw)
-    for (row, ood, m, seed), cell in draws.items():
-        if len(cell) == wanted[row]:
-            found.setdefault((row, ood, m), {})[seed] = [cell[d] for d in sorted(cell)]
-    return found
-
-
-def write(path, text):
-    """Write a whole text file.
-
-    Raises:
-        RunError: it can't be written; what stood there stays.
-    """
-    try:
-        with utils.whole_file(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-    except OSError as error:
-        raise RunError(f"{path} was not written ({error.strerror}); nothing was overwritten"
-                       ) from None
-
-
-def write_report(table, jobs, missing, failed, choices):
-    """Write table.md, table.csv and index.html; return the table's lines and what to say of them.
-
-    Args:
-        table, jobs, missing, choices: as for `plan`. failed: as of `run_all`.
-    """
-    home = choices.results / table.name
-    utils.make_folder(home, "--results-dir")
-    lines = tables.lines(table, measure(jobs))
-    remarks = [f"Left out: {tables.set_label(table, ood)} of {row}: {reason}."
-               for (row, ood), reason in missing.items()]
-    remarks += [f"Failed: {job.title}: {failed[job.home]}." for job in jobs if job.home in failed]
-    remarks += [f"Of another version, accepted: {job.title}." for job in jobs if job.accepted]
-    if choices.overrides:
-        remarks.append(f"Not the table's recipe: {shlex.join(_flags(choices.overrides))}.")
-    if any(line.deviation is not None for line in lines):
-        remarks.append("Ours: mean ± standard deviation over n networks.")
-    text = tables.markdown(table, lines)
-    write(home / "table.md", text + "".join(f"\n{remark}\n" for remark in remarks))
-    write(home / "table.csv", tables.as_csv(lines))
-    shown = [_for_page(job, home / "figures") for job in jobs]
-    write(home / "index.html", page.html(table, lines, remarks, shown))
-    return lines, remarks
-
-
-def _for_page(job, folder):
-    """What the page shows of a job."""
-    current, detail = state(job)
-    run = job.home / "latest_exp"
-    records = evaluation.read_records(run / "log.jsonl" if job.after is None else job.records)
-    drawn = sorted(job.home.glob("*.png"))
-    if job.after is None and any(r.get("event") == "epoch" for r in records):
-        utils.make_folder(folder, "--results-dir")
-        drawn = [folder / f"{job.home.name}.png"]
-        figures.training_curves(records, drawn[0])
-    versions = next((r["versions"] for r in records if "versions" in r), {})
-    seconds = sum(r.get("seconds", 0) for r in records if r.get("event") == "epoch")
-    return page.Shown(job.title, " ".join(filter(None, [current, detail])),
-                      shlex.join(command_line(job)), versions, seconds, tuple(drawn))
-
-
-def write_readme(path, table, lines):
-    """Write a table between its markers in a Markdown file.
-
-    Raises:
-        UserError: no file, or not exactly one pair of markers.
-    """
-    begin, end = f"<!-- table {table.name} -->", f"<!-- end of table {table.name} -->"
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--readme {path}: {error}") from None
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed) or begin in rest or end in tail:
-        raise UserError(f"--readme {path}: needs one line '{begin}' and after it one '{end}'; the "
-                        "table is written between them")
-    known = [x for x in lines if x.values or x.published is not None]
-    write(Path(path), f"{head}{begin}\n{tables.markdown(table, known)}{end}{tail}")
-
-
-# --- the program ----------------------------------------------------------------------------------
-
-
-CHECK = """
-import json, sys, train, utils
-sys.argv[0] = "train.py"
-for arguments in json.load(sys.stdin):
-    utils.parse_args(train.parser(), arguments)
-"""
-
-
-def check_trainings(table, jobs):
-    """See that train.py takes the flags of every training, before anything runs.
-
-    Raises:
-        UserError: it does not; with its words.
-    """
-    lines = [list(job.arguments[1:]) for job in jobs if job.after is None]
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK], input=json.dumps(lines), text=True, capture_output=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]])}, check=False,
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise UserError(f"{table.path}, with what --override says: {said}")
-
-
-def _overrides(given):
-    """["epochs=1", "fast=true"] -> {"epochs": "1", "fast": True}."""
+    """Collect the records of done evaluations: {(row, outlier set, clusters): {seed: [record]}}."""
     found = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        key = key.lstrip("-").replace("_", "-")
-        if not equals or not key or not value:
-            raise UserError(f"--override {text}: FLAG=VALUE is needed, as epochs=1 or fast=true")
-        if key in GIVEN:
-            raise UserError(f"--override {text}: {key} is what this program gives each training "
-                            "itself")
-        if key in found:
-            raise UserError(f"--override gives {key} twice")
-        found[key] = {"true": True, "false": False}.get(value, value)
+    for job in (job for job in jobs if job.network and state(job) == "done"):
+        last = {(r.get("ood"), r.get("clusters")): r for r in read_records(job.records)}
+        for key, place in job.places.items():
+            found.setdefault(place, {}).setdefault(job.seed, []).append(last[key])
     return found
 
 
-def _sets(given, table):
-    """["tin=PATH"] -> {"tin": (its name for --ood, what its files are)}."""
-    known = list(dict.fromkeys(ood for row in table.rows.values() for ood in row.ood))
-    found = {}
-    for text in given:
-        name, _, path = text.partition("=")
-        if name not in known or not path:
-            raise UserError(f"--sets {text}: NAME=PATH is needed, the names of this table being "
-                            f"{', '.join(known)}")
-        path = Path(path).resolve()
-        if path.is_dir():
-            files = [(str(f), f.stat().st_size) for f in sorted(path.rglob("*")) if f.is_file()]
-            digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-            found[name] = f"folder:{path}", f"folder of {len(files)} files, {digest}"
-        elif path.suffix == ".npz" and path.is_file():
-            found[name] = f"npz:{path}", f"npz {utils.file_hash(path)[:16]}"
-        else:
-            raise UserError(f"--sets {text}: {path} is no folder and no .npz file")
-    return found
-
-
-def show(jobs, missing):
-    """Print every command under its state; those of what is done or runs, as comments."""
+def write_report(table, jobs, lines, remarks, home):
+    """Write table.md, table.csv and index.html."""
+    storage.make_output_folder(home / "figures", "--results-dir")
+    drawn = {job.title: sorted(job.home.glob("*.png")) for job in jobs}
     for job in jobs:
-        current, detail = state(job)
-        print(f"# {job.title}: {current}" + f" ({detail})" * bool(detail))
-        print("# " * (current in ("done", "running")) + shlex.join(command_line(job)))
-    for (row, ood), reason in missing.items():
-        print(f"# left out: {ood} of {row}: {reason}")
+        log = read_records(job.home / "latest_exp/log.jsonl")
+        if any(record.get("event") == "epoch" for record in log):
+            drawn[job.title] = [home / "figures" / f"{job.home.name}.png"]
+            figures.training_curves(log, *drawn[job.title])
+    below = "".join(f"\n{remark}\n" for remark in remarks)
+    _write(home / "table.md", tables.markdown(table, lines) + below)
+    _write(home / "table.csv", tables.as_csv(lines))
+    _write(home / "index.html", page.html(table, lines, remarks, listing(jobs), drawn))
 
 
-def main():
-    args = utils.parse_args(parser())
-    table = tables.read(args.table)
-    rows = args.only or list(table.rows)
-    for name in rows:
-        if name not in table.rows:
-            raise UserError(f"--only {name}: no such row in {table.path}; its rows are "
-                            f"{', '.join(table.rows)}")
-    choices = Choices(Path(args.results_dir), args.data_dir, args.no_download,
-                      _overrides(args.override), _sets(args.sets, table), args.accept_stale)
-    if args.readme and (choices.overrides or args.only):
+def split_readme(path, name):
+    """Return the text of a Markdown file before, between and after the markers of a table."""
+    begin, end = f"<!-- table {name} -->\n", f"<!-- end of table {name} -->"
+    text = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    parts = re.split(f"(?<={begin})|(?={end})", text)
+    if len(parts) != 3 or not parts[0].endswith(begin):
+        raise UserError(f"--readme {path}: expected a file with one line '{begin.strip()}' and "
+                        f"below it one '{end}', for the table to stand between")
+    return parts
+
+
+def _pairs(flag, given):
+    """["a=b"] -> {"a": "b"}."""
+    pairs = [text.partition("=") for text in given or []]
+    if not all(map(all, pairs)) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise UserError(f"{flag} {' '.join(given)}: expected NAME=VALUE, each name once")
+    return {name: value for name, _, value in pairs}
+
+
+def _user_sets(given, table):
+    """{"tin": PATH} -> {"tin": (its name for --ood, a digest of its files)}."""
+    known = dict.fromkeys(ood for row in table["rows"].values() for ood in row["eval"]["ood"])
+    tables.check_known("--sets", given, known)
+    found = {}
+    for name, path in given.items():
+        path = Path(path).resolve()
+        kind = "folder" if path.is_dir() else path.suffix[1:]
+        if kind not in ("folder", "npz") or not path.exists():
+            raise UserError(f"--sets {name}={path}: expected a folder or an .npz file")
+        files = [(str(file), file.stat().st_size, file.stat().st_mtime)
+                 for file in [path, *sorted(path.rglob("*"))]]
+        found[name] = f"{kind}:{path}", _digest(files)
+    return found
+
+
+def main(argv=None):
+    args = utils.parse_args(parser(), argv)
+    table, results = tables.read(args.table), Path(args.results_dir)
+    rows = args.only or [*table["rows"]]
+    tables.check_known("--only", rows, table["rows"])
+    if args.readme and not (args.override or args.only):
+        split_readme(args.readme, table["name"])
+    elif args.readme:
         raise UserError("--readme takes the whole table as it is: without --only and --override")
-    jobs, missing = plan(table, args.seeds, choices)
-    chosen = of_rows(jobs, rows)
-    if args.report and not choices.results.is_dir():
-        raise UserError(f"--report: no folder --results-dir {choices.results}")
-    check_trainings(table, chosen)
-
-    if args.dry_run:
-        show(chosen, {key: why for key, why in missing.items() if key[0] in rows})
-        return
-    if args.slurm:
-        submit([job for job in chosen if state(job)[0] not in ("done", "running")])
-        return
-
+    if args.report and not results.is_dir():
+        raise UserError(f"--report: no folder --results-dir {results}")
+    overrides = {key.replace("_", "-"): {"true": True, "false": False}.get(value, value)
+                 for key, value in _pairs("--override", args.override).items()}
+    if overrides.keys() & {"seed", *NOT_IN_IDENTITY}:
+        raise UserError("--override: not for seed, places and flags that decide no number")
+    sets = _user_sets(_pairs("--sets", args.sets), table)
+    where = ["--data-dir", args.data_dir] if args.data_dir else []
+    where += ["--no-download"] * args.no_download
+    jobs = plan(table, args.seeds, results, overrides, sets, where)
+    needed = {job.network for job in jobs if job.row in rows}
+    chosen = [job for job in jobs if job.row in rows or job.home in needed]
     for job in chosen:
-        current, detail = state(job)
-        print(f"{job.title}: {current}" + f" ({detail})" * bool(detail), flush=True)
+        try:
+            script = importlib.import_module(Path(job.words[0]).stem)
+            utils.parse_args(script.parser(), job.words[1:])
+        except UserError as error:
+            raise UserError(f"{table['path']}, {job.title}: {error}") from None
+    if args.dry_run:
+        return print(listing(chosen), end="")
+    if args.slurm:
+        storage.make_output_folder(results, "--results-dir")
+        with filelock.FileLock(results / LOCK):  # or two commands would submit a training twice
+            return submit([job for job in chosen if state(job) != "done"])
+
     failed = {} if args.report else run_all(chosen)
-    lines, remarks = write_report(table, jobs, missing, failed, choices)
+    lines, home = tables.lines(table, measure(jobs)), results / table["name"]
+    done = [job for job in jobs if state(job) == "done"]
+    remarks = [f"Left out: {facts['label']}, {facts['needs']} (--sets {ood}=PATH)."
+               for ood, facts in table["sets"].items() if "needs" in facts and ood not in sets]
+    remarks += [f"Failed: {job.title}: {failed[job.home]}." for job in jobs if job.home in failed]
+    if overrides:
+        remarks.append(f"Not the table's recipe: {shlex.join(_words(overrides))}.")
+    if (commits := {commit_of(job) for job in done}) - {commit()}:
+        remarks.append(f"Commits: {', '.join(sorted(commits))}; the present one is {commit()}.")
+    write_report(table, jobs, lines, remarks, home)
     if args.readme:
-        write_readme(args.readme, table, lines)
-    print("\n" + tables.markdown(table, lines) + "".join(f"\n{remark}" for remark in remarks))
-    home = choices.results / table.name
-    print(f"\nwritten: {home / 'table.md'} {home / 'table.csv'} {home / 'index.html'}")
+        above, _, below = split_readme(args.readme, table["name"])
+        _write(args.readme, above + tables.markdown(table, lines) + below)
+    width = shutil.get_terminal_size((100, 24)).columns
+    print("", textwrap.fill(table["about"], width), "", tables.text(table, lines, width), *remarks,
+          "", f"page      {home / 'index.html'} (and table.md, table.csv)", sep="\n")
+    print(*(f"records   {job.home} (and figures)" if job.network else
+            f"network   {job.home / NETWORK}" for job in done), sep="\n")
     if failed:
         raise RunError(f"{len(failed)} of {len(chosen)} jobs failed: "
                        f"{', '.join(job.title for job in chosen if job.home in failed)}")
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    program.run(main)

@@ -7,431 +7,289 @@
 The first is the paper's recipe (ResNet-50, 510 epochs); the second trains for minutes on a CPU.
 Writes RESULTS/EXP/N--dataset-D-arch-A-lr-L_epochs-E/ with setup.log, log.jsonl and checkpoint/.
 The same command continues a run that was broken off, and ends with the weights of an unbroken one.
-All visible GPUs are used; several machines by torchrun or slurm/train_nodes.sbatch.
+All visible GPUs are used; several machines by torchrun, srun or slurm/train_nodes.sbatch.
 """
 
 import argparse
+import functools
 import math
 import os
-import platform
-import shlex
-import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 import data
-import distributed
+import features
 import models
-import runs
 import trainers
 import utils
+from infra import checkpoints, distributed, program, runs
+from infra.image_files import ImageFiles
 from utils import UserError, number
 
 
 def parser():
     """Build the command line: the original's flags with its defaults, and ours."""
-    p = utils.Parser(description=__doc__)
-    group = p.add_argument_group("run")
-    group.add_argument("--exp-name", type=utils.experiment, default="temp",
-                       help="folder of the run below --results-dir")
-    group.add_argument("--results-dir", "--results_dir", default="./results",
-                       help="where runs are written")
-    group.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=12345,
-                       help="decides every random draw")
-    group.add_argument("--print-freq", type=number(int, 1), default=100,
-                       help="steps between two records of the loss")
-    group.add_argument("--save-freq", type=number(int, 1), default=50,
-                       help="epochs between two checkpoints that are kept")
-    group.add_argument("--save-steps", type=number(int, 1), metavar="N",
-                       help="save every N steps of an epoch too (default: after each epoch, and "
-                       "when a signal asks for an end)")
-    group.add_argument("--val-freq", type=number(int, 1), default=1,
-                       help="epochs between two looks at the test images")
-    group.add_argument("--no-resume", action="store_true",
-                       help="start a new run even where an unfinished one could be continued")
-    group.add_argument("--method", help="does nothing; accepted because the original had it")
-    group.add_argument("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
+    # Every setting is defined here once, and goes by its name to the one function that reads it.
+    p, on_off = utils.Parser(description=__doc__), argparse.BooleanOptionalAction
+    add = p.add_argument_group("run").add_argument
+    add("--exp-name", type=utils.experiment, default="temp", help="folder below --results-dir")
+    add("--results-dir", "--results_dir", default="./results", help="where runs are written")
+    add("--seed", type=number(int, 0, 2**31 - 1), default=12345, help="decides every random draw")
+    add("--print-freq", type=number(int, 1), default=100, help="steps between records of the loss")
+    add("--save-freq", type=number(int, 1), default=50, help="epochs between kept checkpoints")
+    add("--save-steps", type=number(int, 1), metavar="N",
+        help="save every N steps of an epoch too (default: after each epoch, and at a signal)")
+    add("--val-freq", type=number(int, 1), default=1, help="epochs between validations")
+    add("--no-resume", action="store_true",
+        help="start a new run even where an unfinished one could be continued")
+    add("--method", help="does nothing; accepted because the original had it")
+    add("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
 
-    group = p.add_argument_group("network")
-    group.add_argument("--training-mode", choices=list(trainers.MODES), default="SimCLR",
-                       help="the loss: without labels, with labels, cross-entropy")
-    group.add_argument("--arch", choices=list(models.ARCHITECTURES), default="resnet50",
-                       help="the encoder")
-    group.add_argument("--num-classes", type=number(int, 1),
-                       help="outputs of the SupCE classifier (default: the data set's classes)")
-    group.add_argument("--ckpt", metavar="FILE", help="start from the weights of a checkpoint")
+    add = p.add_argument_group("network").add_argument
+    add("--training-mode", choices=list(trainers.TRAINING_MODES), default="SimCLR",
+        help="the loss: without labels, with labels, cross-entropy")
+    add("--arch", choices=list(models.ARCHITECTURES), default="resnet50", help="the encoder")
+    add("--num-classes", type=number(int, 1),
+        help="outputs of the SupCE classifier (default: the data set's classes)")
+    add("--ckpt", metavar="FILE", help="start from the weights of a checkpoint")
 
-    group = p.add_argument_group("images")
-    group.add_argument("--dataset", default="cifar10", metavar="SET",
-                       help=f"{', '.join(data.TRAINABLE)}; folder:PATH and npz:PATH say where")
-    group.add_argument("--data-dir", default="./datasets",
-                       help="where image sets are and are downloaded to; for folder and npz "
-                       "without PATH, the folder (with train/ and test/) or the file itself")
-    group.add_argument("--no-download", action="store_true", help="never fetch a missing set")
-    group.add_argument("--in-classes", type=utils.class_list, metavar="LIST",
-                       help="train on these classes only, as 0-5 or 0,3,7")
-    group.add_argument("--size", type=number(int, 8, 4096), default=32,
-                       help="side of images in pixels")
-    group.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=False,
-                       help="normalise colours with the data set's constants")
-    group.add_argument("--mean", type=number(float, 0, 1), nargs=3, metavar=("R", "G", "B"),
-                       help="for --normalize, from 0 to 1 (default: the data set's, measured where "
-                       "it has none)")
-    group.add_argument("--std", type=number(float, above=0, high=1), nargs=3,
-                       metavar=("R", "G", "B"), help="goes with --mean")
-    group.add_argument("--workers", type=number(int, 0, 1024), metavar="N",
-                       help="processes that decode and crop images of folder and imagenet as they "
-                       "are needed; 0 decodes all into memory first (default: 0, for imagenet the "
-                       f"processor's cores, {data.MOST_WORKERS} at most)")
+    add = p.add_argument_group("images").add_argument
+    add("--dataset", default="cifar10", metavar="SET",
+        help=f"{', '.join(data.TRAINABLE)}; folder:PATH and npz:PATH say where")
+    add("--data-dir", default="./datasets",
+        help="where image sets are and are downloaded to; for folder and npz without PATH, the "
+        "folder (with train/ and test/) or the file itself")
+    add("--no-download", action="store_true", help="never fetch a missing set")
+    add("--in-classes", type=utils.class_list, metavar="LIST",
+        help="train on these classes only, as 0-5 or 0,3,7")
+    add("--size", type=number(int, 8, 4096), default=32, help="side of images in pixels")
+    add("--normalize", action=on_off, default=False, help="normalise by the set's constants")
+    add("--mean", type=number(float, 0, 1), nargs=3, metavar=("R", "G", "B"),
+        help="for --normalize, from 0 to 1 (default: the data set's, measured where it has none)")
+    add("--std", type=number(float, above=0, high=1), nargs=3, metavar=("R", "G", "B"),
+        help="goes with --mean")
+    add("--workers", type=number(int, 0, 1024), metavar="N",
+        help="processes that decode and crop images of folder and imagenet as they are needed; 0 "
+        "decodes all into memory first (default: 0, for imagenet the processor's cores, "
+        f"{data.MAX_WORKERS} at most)")
 
-    group = p.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=number(int, 1), default=500,
-                       help="passes over the images, warm-up not counted")
-    group.add_argument("--batch-size", type=number(int, 1), default=512,
-                       help="images a step, of all processes together")
-    group.add_argument("--lr", type=number(float, above=0, high=1e30), default=0.5,
-                       help="learning rate at the start of the cosine")
-    group.add_argument("--momentum", type=number(float, 0, below=1), default=0.9,
-                       help="of SGD, without Nesterov")
-    group.add_argument("--weight-decay", type=number(float, 0, 1e30), default=1e-4,
-                       help="on every parameter")
-    group.add_argument("--warmup", action=argparse.BooleanOptionalAction, default=False,
-                       help=f"{trainers.WARMUP_EPOCHS} more epochs before the others, in which the "
-                       "learning rate rises from 0.01")
-    group.add_argument("--cycle-momentum", action=argparse.BooleanOptionalAction, default=True,
-                       help="let momentum fall from 0.9 to 0.8 in the warm-up and stay there, "
-                       "whatever --momentum says, as the original does (default: on)")
-    group.add_argument("--temperature", type=number(float, above=0), default=0.5,
-                       help="T of the contrastive loss")
-    group.add_argument("--sync-bn", action="store_true",
-                       help="take the statistics of batch norm over the batch of all processes "
-                       "(default: each over its share, as the original does)")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=number(int, 1), default=500, help="passes after the warm-up")
+    add("--batch-size", type=number(int, 1), default=512, help="images a step, of all processes")
+    add("--lr", type=number(float, above=0, high=1e30), default=0.5,
+        help="learning rate at the start of the cosine")
+    add("--momentum", type=number(float, 0, below=1), default=0.9, help="of SGD, no Nesterov")
+    add("--weight-decay", type=number(float, 0, 1e30), default=1e-4, help="on every parameter")
+    add("--warmup", action=on_off, default=False,
+        help=f"{trainers.WARMUP_EPOCHS} more epochs before the others, in which the learning rate "
+        "rises from 0.01")
+    add("--cycle-momentum", action=on_off, default=True,
+        help="let momentum fall from 0.9 to 0.8 in the warm-up and stay there, whatever --momentum "
+        "says, as the original does (default: on)")
+    add("--temperature", type=number(float, above=0), default=0.5, help="T of the contrastive loss")
+    add("--sync-bn", action="store_true",
+        help="take the statistics of batch norm over the batch of all processes; needs GPUs "
+        "(default: each over its shard, as the original does)")
 
-    group = p.add_argument_group("speed", "all off by default: plain float32")
-    group.add_argument("--precision", choices=["fp32", "bf16"],
-                       help="bf16: the network computes in bfloat16; weights, batch statistics, "
-                       "normalisation and loss stay in float32 (default: fp32)")
-    group.add_argument("--channels-last", action=argparse.BooleanOptionalAction,
-                       help="memory layout with the channels innermost (default: off)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                       help="torch.compile of network and augmentation (default: off)")
-    group.add_argument("--fast", action="store_true",
-                       help="those of the three that pay on this device, and says which")
-    group.add_argument("--deterministic", action="store_true",
-                       help="the same weights from the same command on a GPU too, slower; a CPU "
-                       "does so anyway")
+    add = p.add_argument_group("speed", "all off by default: plain float32").add_argument
+    add("--precision", choices=features.PRECISIONS,
+        help="bf16: the network computes in bfloat16; weights, batch statistics, normalisation and "
+        "loss stay in float32 (default: fp32)")
+    add("--channels-last", action=on_off, help="memory layout, channels innermost (default: off)")
+    add("--compile", action=on_off, help="torch.compile of network and augmentation (default: off)")
+    add("--fast", action="store_true",
+        help="those of the three that pay on this device, and says which")
+    add("--deterministic", action="store_true",
+        help="the same weights from the same command on a GPU too, slower; a CPU does so anyway")
     return p
 
 
-def _choose_speed(args, device):
-    """Return {precision, channels_last, compile}: what was asked for, --fast for the rest."""
-    plain = {"precision": "fp32", "channels_last": False, "compile": False}
-    fast = trainers.fast_settings(device) if args.fast else plain
-    given = {key: getattr(args, key) for key in plain}
-    chosen = {key: fast[key] if value is None else value for key, value in given.items()}
+def resolve_speed(args, device):
+    """Return trainers.Speed and resolve its flags: what was asked for, --fast for the rest."""
+    # What was chosen is part of the configuration, so that a resumed run computes in the same way.
+    default = trainers.fast_speed(device) if args.fast else trainers.Speed()
+    asked = {name: getattr(args, name) for name in trainers.Speed._fields}
+    speed = default._replace(**{k: v for k, v in asked.items() if v is not None})
+    vars(args).update(speed._asdict())
     if args.fast:
-        utils.note("--fast is here " + ", ".join(
-            f"{'' if value else 'no '}{key}".replace("_", "-") if key != "precision" else value
-            for key, value in chosen.items()))
-    return chosen
+        utils.note(f"--fast is here {speed.precision}, "
+                   f"{'' if speed.channels_last else 'no '}channels-last, "
+                   f"{'' if speed.compile else 'no '}compile")
+    # On a CPU the same command gives the same weights anyway.
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic  # shapes hardly ever change
+    return speed
 
 
-def _check_batches(n, batch_size, size, mode, sync_bn):
-    """Stop if a batch would be too small for the processes, the loss or batch norm."""
-    world = distributed.world()
-    if min(n, batch_size) < world:
-        raise UserError(f"--batch-size {batch_size} with {n} training images: {world} processes "
-                        "need at least an image each a step")
-    if mode.contrastive and min(n, batch_size) < 2:
-        raise UserError(f"--batch-size {batch_size} with {n} training images: a contrastive loss "
-                        "needs at least 2 images a step")
-    last = n % batch_size or batch_size
-    least = last if sync_bn else min(batch_size, last) // world
-    if not mode.contrastive and size == 8 and least <= 1:
-        whose = f" for one of {world} processes" if world > 1 else ""
-        raise UserError(f"--batch-size {batch_size} leaves a step of 1 image of {n}{whose}, too "
-                        "few for batch norm at --size 8; choose another")
-
-
-def _check_constants(mean, std, normalize):
-    """Stop if constants of normalisation were given that would mean nothing."""
-    if (mean is None) != (std is None):
+def load_images(args, mode):
+    """Load the images that the flags name: (train, test, classes of a classifier, mean, std)."""
+    if (args.mean is None) != (args.std is None):
         raise UserError("--mean and --std go together: one is given without the other")
-    if mean is not None and not normalize:
-        raise UserError("--mean and --std are what --normalize normalises with, and that is off")
+    if args.mean is not None and not args.normalize:
+        raise UserError("--mean and --std are the constants of --normalize, and that is off")
+    # Sets that are larger than memory are decoded as they are needed, unless the user says how.
+    workers = data.default_workers(args.dataset) if args.workers is None else args.workers
+    train, test = data.load_training_images(
+        args.dataset, data_dir=args.data_dir, size=args.size, download=not args.no_download,
+        workers=workers, in_classes=args.in_classes)
+    classes = len(train.class_names or ())
+    if mode.needs_labels and classes < 2:
+        raise UserError(f"--training-mode {args.training_mode} needs images of at least 2 classes, "
+                        f"{args.dataset} has {classes}; SimCLR needs none")
+    # The original asks for the number of classes; here the images say it, but a flag may add some.
+    num_classes = args.num_classes or classes
+    if not mode.contrastive and num_classes < classes:
+        raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
+    trainers.check_batches(mode, len(train), args.batch_size, args.size, args.sync_bn)
+    # Constants of a set that has none are measured on the training images; checkpoints keep them.
+    mean, std = args.mean, args.std
+    if args.normalize and mean is None:
+        mean, std = data.normalisation(args.dataset, train)
+    return train, test, num_classes, mean, std
 
 
-def _note_what_differs(path, config, **settings):
-    """Say which settings a checkpoint to start from was trained with otherwise."""
-    for key, value in settings.items():
-        before = config.get(key, value) if isinstance(config, dict) else value
-        if str(before).partition(":")[0] != str(value).partition(":")[0]:
-            utils.note(f"--ckpt {path} was trained with {key} {before}, this is {key} {value}")
-
-
-def _compare(settings):
-    """Stop if the processes were not started with the same settings, a flat dict."""
-    for other, there in enumerate(distributed.everyones(settings)):
-        for key, here in settings.items():
-            if there.get(key) != here:
-                raise UserError(f"{key} is {here} in process {distributed.rank()}, on "
-                                f"{platform.node()}, and {there.get(key)} in process {other}; all "
-                                "have to be started with the same command and images")
-
-
-def _shown(device):
-    """The devices that compute, in words."""
-    world = distributed.world()
-    return f"{device} in each of {world} processes" if world > 1 else str(device)
-
-
-def _watch(network, test, mode, loss, batch_size, images):
-    """Say how good the network is, and by what measure: (score, its name)."""
-    score = None
-    if test is not None:
-        score = trainers.monitor(network, test, mode, batch_size=batch_size, **images)
-    if score is None:
-        return -loss, "minus the training loss (no classes of test images to tell apart)"
-    kind = "20-NN" if mode.contrastive else "top-1"
-    return score, f"{kind} accuracy on the test images"
+def load_weights(network, args):
+    """Start from the weights of --ckpt, and say which settings it was trained with otherwise."""
+    state, rest = checkpoints.load_checkpoint(args.ckpt)
+    try:
+        models.restore(network, state)
+    except ValueError as error:
+        raise UserError(f"--ckpt {args.ckpt} does not fit --arch {args.arch} --training-mode "
+                        f"{args.training_mode}: {error}") from None
+    # Weights of another size or normalisation are no error, but seldom what was meant.
+    config = rest.get("config")
+    for key in ("size", "normalize", "dataset"):
+        now = getattr(args, key)
+        before = config.get(key, now) if isinstance(config, dict) else now
+        if str(before).partition(":")[0] != str(now).partition(":")[0]:
+            utils.note(f"--ckpt {args.ckpt} was trained with {key} {before}, this is {key} {now}")
 
 
 def main(argv=None):
     args = utils.parse_args(parser(), argv)
     distributed.start()
-    lead = distributed.is_lead()  # the one process that writes
-    mode = trainers.MODES[args.training_mode]
-    _check_constants(args.mean, args.std, args.normalize)
-    for flag in ("method", "gpu"):
+    mode = trainers.TRAINING_MODES[args.training_mode]
+    for flag in ("method", "gpu"):  # commands written for the original have them
         if getattr(args, flag) is not None:
             utils.note(f"--{flag} does nothing")
 
-    # Device, and what it computes with
+    # Speed. Everything faster is off by default, so that numbers are those of plain float32.
     device = utils.device()
-    speed_settings = _choose_speed(args, device)
-    vars(args).update(speed_settings)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic  # shapes hardly ever change
+    speed = resolve_speed(args, device)
 
-    # Images: the whole set on the device, as uint8; or in files, for workers to decode
-    workers = data.default_workers(args.dataset) if args.workers is None else args.workers
-    where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download,
-                 workers=workers)
-    with distributed.first_on_machine():  # which may have to download
-        train = data.load(args.dataset, "train", crops=True, **where)
-        has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
-        test = data.load(args.dataset, "test", **where) if has_test else None
-    in_files = isinstance(train.pixels, data.Files)
-    if args.workers and not in_files:
-        utils.note(f"--workers does nothing: {args.dataset} is not a set of image files")
-    if args.in_classes:
-        train = data.restrict(train, args.in_classes)
-        test = data.restrict(test, args.in_classes) if has_test else None
-    classes = len(train.class_names) if train.class_names else 0
-    if mode.labels and classes < 2:
-        raise UserError(f"--training-mode {args.training_mode} needs images of at least 2 classes, "
-                        f"{args.dataset} has {classes}; SimCLR needs none")
-    num_classes = args.num_classes or classes
-    if args.training_mode == "SupCE" and num_classes < classes:
-        raise UserError(f"--num-classes {num_classes} is less than the {classes} of {args.dataset}")
-    _check_batches(len(train), args.batch_size, args.size, mode, args.sync_bn)
-    mean, std = args.mean, args.std
-    if args.normalize and mean is None:
-        mean, std = data.normalisation(args.dataset, train)
+    # Images. The whole set lies on the device as uint8, so that a batch is an index and no step
+    # waits for a loader; sets too large for that stay in files, for worker processes to decode.
+    train, test, num_classes, mean, std = load_images(args, mode)
     hashes = {split: images and data.fingerprint(images.pixels, images.labels)
               for split, images in (("train", train), ("test", test))}
     train = data.to(train, device)
 
-    # Network and optimiser
-    network = models.build_model(
-        args.arch, args.training_mode, num_classes, utils.generator(args.seed, "weights")
-    )
+    # Network and optimiser. Weights have a generator of their own, so that they do not depend on
+    # what else is drawn; weight decay is on every parameter, without Nesterov, as in the original.
+    network = models.build_model(args.arch, mode.head, num_classes,
+                                 utils.generator(args.seed, "weights"))
     if args.ckpt:
-        state, rest = utils.load_checkpoint(args.ckpt)
-        try:
-            models.restore(network, state)
-        except ValueError as error:
-            raise UserError(f"--ckpt {args.ckpt} does not fit --arch {args.arch} --training-mode "
-                            f"{args.training_mode}: {error}") from None
-        _note_what_differs(args.ckpt, rest.get("config"), size=args.size, normalize=args.normalize,
-                           dataset=args.dataset)
-    layout = torch.channels_last if args.channels_last else torch.preserve_format
+        load_weights(network, args)
+    layout = torch.channels_last if speed.channels_last else torch.preserve_format
     network.to(device, memory_format=layout)
     if args.sync_bn:
         network = distributed.sync_batch_norm(network)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-        fused=device.type == "cuda",
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=args.momentum,
+                                weight_decay=args.weight_decay, fused=device.type == "cuda")
 
-    # Run folder: a new one, or an unfinished one and where it stands
-    label = (f"dataset-{data.parse_spec(args.dataset)[0]}-arch-{args.arch}-lr-{args.lr}"
-             f"_epochs-{args.epochs}")
-    config = utils.plain(vars(args)) | {
+    # Run folder. Configuration and images are the identity of a run, by which the same command
+    # finds its unfinished one; what the logs say of steps after its checkpoint is made again.
+    name, _ = data.parse_spec(args.dataset)
+    config = utils.to_json_types(vars(args)) | {
         "num_classes": num_classes, "mean": mean, "std": std,
         "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
         "dataset": data.absolute(args.dataset),
-        "in_files": in_files,  # the crops are others than of images in memory
-        "constants": args.mean and [args.mean, args.std],  # as given; measured ones don't count
+        "in_files": isinstance(train.pixels, ImageFiles),  # their crops are others than in memory
+        "constants": args.mean and [args.mean, args.std],  # measured ones follow from the images
     }
-    places = ("config", "data_dir", "dataset", "results_dir")  # others on another machine, maybe
-    _compare({f"--{key.replace('_', '-')}": config[key] for key in config if key not in places}
-             | {f"the sha256 of the {split} images": digest for split, digest in hashes.items()}
-             | {"the version of torch": torch.__version__})
-    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"  # a requeued job, typed once
-    if args.no_resume and again:
-        utils.note("--no-resume does not count at a restart by Slurm: the run is continued")
-    run = checkpoints = found = None
-    if lead:
-        run = runs.open_run(args.results_dir, args.exp_name, label, config, hashes,
-                            resume=again or not args.no_resume)
-        checkpoints = runs.Checkpoints(run.folder / "checkpoint")
-        found = run.folder, run.taken_up, checkpoints.newest()
-    folder, taken_up, saved = distributed.from_lead(found)
-    at = {"epoch": 0, "step": 0, "losses": None, "best": -math.inf, "log_bytes": 0}
-    if saved:
-        network.load_state_dict(saved["state_dict"])
-        optimizer.load_state_dict(saved["optimizer"])
-        at = saved["progress"]
-        for key, now in (("device", device.type), ("processes", distributed.world())):
-            if at.get(key, now) != now:
-                utils.note(f"the run was trained with {key} {at[key]} so far and goes on with "
-                           f"{now}")
+    run = runs.open_run(
+        args.results_dir, args.exp_name, config, hashes, resume=not args.no_resume,
+        label=f"dataset-{name}-arch-{args.arch}-lr-{args.lr}_epochs-{args.epochs}")
+    progress = trainers.restore_training(run.saved, network, optimizer, device)
+    steps = math.ceil(len(train) / args.batch_size)  # of an epoch; the last batch may be partial
+    warmup_epochs = trainers.WARMUP_EPOCHS if args.warmup else 0
+    run.log.line(str(args))
+    run.log.start(epoch=progress.epoch - warmup_epochs, step=progress.step, config=config,
+                  device=str(device))
+    run.log.line(f"{len(train)} training images, {len(test or ())} test images of {args.dataset}; "
+                 f"{distributed.world_size()} x {device}; run folder {run.folder}")
+    if run.saved:
+        run.log.line(f"continued: {progress.epoch} of {warmup_epochs + args.epochs} epochs are "
+                     f"done, and {progress.step} of {steps} steps of the next")
 
-    # Logs; what they say of later steps goes, since those are made again
-    steps = math.ceil(len(train) / args.batch_size)
-    warm = trainers.WARMUP_EPOCHS if args.warmup else 0
-    log = runs.Log(folder, keep=at["log_bytes"]) if lead else runs.NoLog()
-    log.line(str(args))
-    event = {"event": "resume", "epoch": at["epoch"] - warm, "step": at["step"]}
-    log.record(**(event if saved else {"event": "start"}),
-               command=shlex.join(["python", *sys.argv]), config=config, run=str(folder),
-               device=str(device), processes=distributed.world(), versions=utils.versions())
-    log.line(f"{len(train)} training images, {len(test) if test else 0} test images of "
-             f"{args.dataset}; {_shown(device)}; run folder {folder}")
-    if saved:
-        log.line(f"continued: {at['epoch']} of {warm + args.epochs} epochs are done, and "
-                 f"{at['step']} of {steps} steps of the next")
-    elif taken_up:
-        log.line("it was broken off before anything was saved, and begins again")
-
-    # Epochs: those of the main part count from 0, as in the original; the warm-up's come before
-    images = dict(size=args.size, mean=mean, std=std)
+    # Epochs have one count, from the start of the warm-up: every draw and the schedule follow it.
+    # The logs count from its end, as the original's do, so that warm-up epochs are negative there.
     train_step = trainers.Step(
-        network, optimizer, train, mode, temperature=args.temperature, seed=args.seed,
-        sync_bn=args.sync_bn, **speed_settings, **images,
-    )
-    best = at["best"]
-    agreement = distributed.Agreement()
-
-    def rates(epoch, step):
-        return trainers.schedule(
-            (warm + epoch) * steps + step, steps, args.epochs, args.lr, args.momentum,
-            args.warmup, args.cycle_momentum,
-        )
-
-    def report(epoch, step, loss, speed):
-        lr, momentum = rates(epoch, step)
-        log.record(event="step", epoch=epoch, step=step, loss=loss, lr=lr, momentum=momentum,
-                   views_per_s=round(speed, 1))
-
-    def save(epoch, step, losses=None, names=()):
-        """Save the state at a step of an epoch; `epoch` may be the one after the last."""
-        if not trainers.is_finite(network):  # the last step's loss came before its update
-            where = f"step {step} of epoch {epoch}" if step else f"epoch {epoch - 1}"
-            raise utils.RunError(f"weights are not finite after {where}; stopped, the checkpoints "
-                                 "of earlier steps are untouched")
-        if not lead:
-            return
-        run.claim.check()
-        written = log.sync()
-        checkpoints.save({
-            "epoch": max(epoch, 0),  # of the main part that are done
-            "arch": args.arch,
-            "state_dict": network.state_dict(),
-            "best_prec1": 100 * max(best, 0.0),  # per cent, as the original; no accuracy, no best
-            "optimizer": optimizer.state_dict(),
-            "config": config,
-            "progress": {  # from which the run goes on; its epochs count the warm-up
-                "epoch": warm + epoch, "step": step, "best": best, "log_bytes": log.size,
-                "losses": None if losses is None else losses.cpu().clone(),
-                "device": device.type, "processes": distributed.world(),
-            },
-        }, names, hold=not written)
-
-    def after_step(epoch, step, losses):
-        asked = agreement.hear(stop.number)
-        due = args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < steps
-        if due or asked:
-            losses = distributed.total(losses)
-            trainers.stop_if_not_finite(losses, epoch, rates)
-            save(epoch, step + 1, losses)
-        if asked:
-            end(asked, f"epoch {epoch}, step {step + 1} of {steps}")
-
-    def end(number, where):
-        name, missing = signal.Signals(number).name, checkpoints and checkpoints.missing
-        missing = distributed.from_lead(missing)  # and nobody ends before rank 0 has saved
-        if missing:
-            raise utils.RunError(f"stopped by {name}, and {missing[-1]} could not be written; the "
-                                 "same command continues from the one before")
-        log.line(f"stopped by {name} after {where}; saved, the same command continues")
-        raise utils.Stopped(f"stopped by {name}; the same command continues {folder} after {where}")
-
+        network, optimizer, train, mode, size=args.size, mean=mean, std=std, seed=args.seed,
+        temperature=args.temperature, speed=speed, sync_bn=args.sync_bn)
+    lr_and_momentum = functools.partial(
+        trainers.schedule, steps_per_epoch=steps, epochs=args.epochs, lr=args.lr,
+        momentum=args.momentum, warmup=args.warmup, cycle_momentum=args.cycle_momentum)
+    settings = features.FeatureSettings(args.size, args.batch_size, mean, std,
+                                        precision=speed.precision)
+    stop_flag = distributed.SharedFlag()
     with runs.stop_on_signals() as stop:
-        for epoch in range(at["epoch"] - warm, args.epochs):
-            began = time.perf_counter()
-            here = epoch + warm == at["epoch"]  # where the run was broken off
-            loss, speed = trainers.train_epoch(
-                train_step, epoch=epoch, draws=warm + epoch, rates=rates, seed=args.seed,
-                batch_size=args.batch_size, print_freq=args.print_freq, report=report,
-                after_step=after_step, first=at["step"] if here else 0,
-                losses=at["losses"] if here else None,
-            )
-            lr, momentum = rates(epoch, steps - 1)
+        for epoch in range(progress.epoch, warmup_epochs + args.epochs):
+            logged, began = epoch - warmup_epochs, time.perf_counter()
+            with trainers.Epoch(train_step, epoch, args.batch_size, f"epoch {logged}",
+                                progress.step, progress.losses) as batches:
+                for step, batch in batches:
+                    # Train. The host does not wait for the device here.
+                    lr, momentum = lr_and_momentum(epoch * steps + step)
+                    batches.add(step, train_step(batch, epoch, step, lr, momentum))
 
-            # The warm-up is not watched, as in the original: the best is one of the main part
-            watched_from = time.perf_counter()
-            score, monitor_name = None, "none in this epoch"
-            if epoch >= 0 and ((epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs):
-                score, monitor_name = _watch(network, test, mode, loss, args.batch_size,
-                                             images | {"precision": args.precision})
-            is_best = score is not None and score > best
-            best = score if is_best else best
-            log.record(event="epoch", epoch=epoch, loss=loss, monitor=score,
-                       monitor_name=monitor_name, best=best if math.isfinite(best) else None,
-                       lr=lr, momentum=momentum, views_per_s=round(speed, 1),
-                       monitor_seconds=round(time.perf_counter() - watched_from, 3),
-                       seconds=round(time.perf_counter() - began, 3))
-            title = f"Epoch {epoch}"
-            if epoch < 0:
-                title = f"Warm-up epoch {epoch + warm + 1} of {warm}"
-            if "accuracy" in monitor_name:
-                title += f", validation accuracy {100 * score}, best_prec {100 * best}"
-            log.line(f"{title}, loss {loss:.4f}, lr {lr:.6f}, {speed:.0f} views/s")
+                    # Log. Reading the losses waits for the device, so this is not done at each.
+                    if (step + 1) % args.print_freq == 0 or step + 1 == steps:
+                        loss = float(batches.losses()[-1])
+                        run.log.record(event="step", epoch=logged, step=step, loss=loss, lr=lr,
+                                       momentum=momentum,
+                                       views_per_s=round(batches.views_per_second(), 1))
+
+                    # Save if due, stop if asked: a signal in one process stops all at one step.
+                    signalled = stop_flag.poll(stop.number)
+                    due = args.save_steps and (step + 1) % args.save_steps == 0 and step + 1 < steps
+                    if due or signalled:
+                        progress = trainers.Progress(epoch, step + 1, batches.losses().cpu(),
+                                                     progress.best)
+                        run.save(trainers.checkpoint_state(network, optimizer, config, progress))
+                    if signalled:
+                        run.stop(signalled, f"epoch {logged}, step {step + 1} of {steps}")
+
+            # Validate. The warm-up is not, as in the original: the best network comes after it.
+            validated, score, monitor_name = time.perf_counter(), None, "none in this epoch"
+            loss, (lr, momentum) = batches.mean_loss(), lr_and_momentum((epoch + 1) * steps - 1)
+            if logged >= 0 and ((logged + 1) % args.val_freq == 0 or logged + 1 == args.epochs):
+                score, monitor_name = trainers.validate(network, test, mode, settings, loss)
+            is_best = score is not None and score > progress.best
+            progress = trainers.Progress(epoch + 1, best=score if is_best else progress.best)
+            record = dict(
+                event="epoch", epoch=logged, loss=loss, monitor=score, monitor_name=monitor_name,
+                best=progress.best if math.isfinite(progress.best) else None, lr=lr,
+                momentum=momentum, views_per_s=round(batches.views_per_second(), 1),
+                monitor_seconds=round(time.perf_counter() - validated, 3),
+                seconds=round(time.perf_counter() - began, 3))
+            run.log.record(**record)
+            run.log.line(trainers.describe_epoch(record, warmup_epochs))
+
+            # Save, under the names of the original too, and stop if asked.
             names = ["model_best.pth.tar"] if is_best else []
-            if epoch >= 0 and (epoch + 1) % args.save_freq == 0:
-                names.append(f"checkpoint_{epoch + 1}.pth.tar")
-            save(epoch + 1, 0, names=names)
-            asked = agreement.now(stop.number)
-            if asked and epoch + 1 < args.epochs:
-                end(asked, f"epoch {epoch}")
-    if not lead:
-        return
-    if checkpoints.missing:
-        raise utils.RunError(f"trained to the end, but {', '.join(checkpoints.missing)} could not "
-                             "be written; the same command trains again from the one before")
-    log.record(event="end", epochs=args.epochs, warmup_epochs=warm)
-    if not log.sync():
-        raise utils.RunError(f"trained to the end, but {folder / 'log.jsonl'} could not be "
-                             "written; the same command writes it")
-    log.line(f"done: {folder / 'checkpoint' / 'checkpoint.pth.tar'}")
+            if logged >= 0 and (logged + 1) % args.save_freq == 0:
+                names.append(f"checkpoint_{logged + 1}.pth.tar")
+            run.save(trainers.checkpoint_state(network, optimizer, config, progress), names)
+            signalled = stop_flag.sync(stop.number)
+            if signalled and logged + 1 < args.epochs:
+                run.stop(signalled, f"epoch {logged}")
+    run.finish(epochs=args.epochs, warmup_epochs=warmup_epochs)
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    program.run(main)

@@ -1,15 +1,16 @@
-"""One epoch of each training mode, the schedule, and what says how good the network is.
+"""How a network is trained: the modes, a step, an epoch, the schedule, and the monitor.
 
-    step = Step(network, optimizer, images, MODES["SimCLR"], size=32, mean=MEAN, std=STD)
-    loss, speed = train_epoch(step, epoch=0, ...)
-    accuracy = knn_accuracy(outputs, labels)
+    step = Step(network, optimizer, images, TRAINING_MODES["SimCLR"], size=32, mean=MEAN, std=STD)
+    with Epoch(step, 0, batch_size=512) as epoch:
+        for number, batch in epoch:  # batch -> augment -> models -> losses, once
+            epoch.add(number, step(batch, 0, number, *schedule(...)))
 """
 
-import contextlib
-import copy
 import math
 import time
+import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from tqdm import tqdm
 
 import augment
 import data
-import distributed
 import features
-import stream
 import utils
+from infra import distributed, image_files
+from infra.image_files import ImageFiles
 from losses import SupConLoss
+from utils import RunError, UserError
 
 WARMUP_EPOCHS = 10
 LR_START, LR_END = 0.01, 1e-4  # at the first step of the warm-up; where the cosine would arrive
@@ -29,351 +31,380 @@ MOMENTUM_START, MOMENTUM_END = 0.9, 0.8  # over the warm-up, with cycling
 
 
 @dataclass(frozen=True)
-class Mode:
-    """What tells the training modes apart."""
+class TrainingMode:
+    """What tells the training modes apart; all other code asks here."""
 
     augmentation: str  # "ssl" or "org"
     views: int  # of each image in a batch
+    head: str  # key of models.HEADS
     contrastive: bool  # SupConLoss, else cross-entropy
-    labels: bool  # whether the loss looks at the classes
+    needs_labels: bool  # whether the loss looks at the classes
+    monitor: str  # what is watched, in words
+    label_clusters: bool = False  # whether several clusters of the detection are the classes
 
 
-MODES = {
-    "SimCLR": Mode("ssl", views=2, contrastive=True, labels=False),
-    "SupCon": Mode("ssl", views=2, contrastive=True, labels=True),
-    "SupCE": Mode("org", views=1, contrastive=False, labels=True),
+TRAINING_MODES = {
+    "SimCLR": TrainingMode("ssl", 2, "projection", True, False, "20-NN accuracy"),
+    "SupCon": TrainingMode("ssl", 2, "projection", True, True, "20-NN accuracy"),
+    "SupCE": TrainingMode("org", 1, "classifier", False, True, "top-1 accuracy", True),
 }
 
 
+# --- before the first step ------------------------------------------------------------------------
+
+
+def check_batches(mode, images, batch_size, size, sync_bn=False):
+    """Raise UserError if a batch is too small for the processes, the loss or batch norm.
+
+    Args: mode: TrainingMode. images: how many train. batch_size: images a step, of all processes.
+        size: S in pixels. sync_bn: whether batch norm sees the batch of all processes.
+    """
+    given = f"--batch-size {batch_size} with {images} training images"
+    processes = distributed.world_size()
+    if min(images, batch_size) < processes:
+        raise UserError(f"{given}: {processes} processes need at least an image each a step")
+    if mode.contrastive and min(images, batch_size) < 2:
+        raise UserError(f"{given}: a contrastive loss needs at least 2 images a step")
+    # At 8 pixels the last stage has one pixel an image, so one image is one value for batch norm.
+    last = images % batch_size or batch_size
+    smallest = last if sync_bn else min(batch_size, last) // processes
+    if mode.views == 1 and size == 8 and smallest <= 1:
+        share = f" for one of {processes} processes" if processes > 1 else ""
+        raise UserError(f"--batch-size {batch_size} leaves a step of 1 image of {images}{share}, "
+                        "too few for batch norm at --size 8; choose another")
+
+
+class Speed(NamedTuple):
+    """Speed that costs only last digits: the flags of the same names, resolved."""
+
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+
+
+def fast_speed(device):
+    """Return the Speed that --fast means on a device."""
+    if device.type == "cuda":
+        return Speed("bf16", True, True)
+    # On CPUs channels-last was measured to pay at 32 pixels, bfloat16 where the processor
+    # multiplies it (elsewhere it is emulated, and slow), torch.compile not at all.
+    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in supported)
+    return Speed("bf16" if bf16 else "fp32", True, False)
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
 def schedule(step, steps_per_epoch, epochs, lr, momentum, warmup=False, cycle_momentum=True):
-    """Compute learning rate and momentum of a step.
+    """Return (learning rate, momentum) of a step.
 
     Args:
         step: 0, 1, ... over the whole run, warm-up included.
-        steps_per_epoch, epochs: of the main part; the warm-up is 10 epochs before it.
-        lr, momentum: of the main part.
-        warmup: whether there is a warm-up: lr then rises linearly from 0.01.
+        epochs, lr, momentum: after the warm-up, which is 10 epochs before.
+        warmup: whether there is one, in which lr rises linearly from 0.01.
         cycle_momentum: with warm-up, let momentum fall from 0.9 to 0.8 and stay there.
-
-    Returns:
-        (lr, momentum).
 
     Source: same as the original, whose momentum falls because CyclicLR's default lets it, and
     stays low because nothing raises it again.
     """
-    warm = WARMUP_EPOCHS * steps_per_epoch if warmup else 0
+    warmup_steps = WARMUP_EPOCHS * steps_per_epoch if warmup else 0
     if warmup and cycle_momentum:
-        share = min(step / warm, 1)
-        momentum = MOMENTUM_START + (MOMENTUM_END - MOMENTUM_START) * share
-    if step < warm:
-        return LR_START + (lr - LR_START) * step / warm, momentum
-    turn = math.pi * (step - warm) / (epochs * steps_per_epoch)
-    return LR_END + (lr - LR_END) * (1 + math.cos(turn)) / 2, momentum
+        fraction = min(step / warmup_steps, 1)
+        momentum = MOMENTUM_START + (MOMENTUM_END - MOMENTUM_START) * fraction
+    if step < warmup_steps:
+        return LR_START + (lr - LR_START) * step / warmup_steps, momentum
+    angle = math.pi * (step - warmup_steps) / (epochs * steps_per_epoch)
+    return LR_END + (lr - LR_END) * (1 + math.cos(angle)) / 2, momentum
+
+
+class Batch(NamedTuple):
+    """A batch of all processes."""
+
+    index: torch.Tensor  # int64 [B], on the device of the labels
+    prefetched: tuple | None = None  # what worker processes made of images in files
 
 
 class Step:
     """One step of training: views of a batch, network, loss, gradients, update.
 
-    Neither it nor anything it calls waits for the device, but for `sync_bn`, in which torch does: a
-    GPU is never idle because of it.
-
-    Of several processes each makes the views of its share of the batch and sees to the i of them in
-    the loss, over all other views of the whole batch: the parts, and their gradients, add up to
-    those of one process. But for batch norm: without `sync_bn` its statistics are of the share, as
-    in the original.
+    Neither it nor anything it calls waits for the device (but torch does for `sync_bn`). Of several
+    processes each makes the views of its shard of the batch and takes their part of the loss, over
+    all other views of the whole batch: the parts, and their gradients, add up to those of one
+    process. Without `sync_bn` the statistics of batch norm are of the shard, as in the original.
 
     Args:
-        network: what models.build_model returned, on its device. Changed by every call.
-        optimizer: torch.optim.SGD of its parameters. Changed by every call.
-        images: data.ImageSet; its labels and its pixels, unless those are in files, on the device
-            of the network.
-        mode: a value of MODES.
-        size: S in pixels. mean, std: normalisation constants or None. temperature: of the loss.
-        seed: with the place in the run, decides every random draw.
-        precision: "fp32", or "bf16": convolutions and matrix products of the network in bfloat16,
-            weights, batch statistics, normalisation and loss in float32.
-        channels_last: lay images out as the network's weights are, channels innermost.
-        compile: let torch.compile make kernels of network and augmentation, for the two shapes
-            there are: that of a batch, and of the partial last one.
+        network, optimizer: of models.build_model and torch.optim.SGD; changed by every call.
+        images: data.ImageSet, on the device of the network unless its pixels are in files.
+        mode: TrainingMode. size: S in pixels. mean, std: normalisation constants or None.
+        temperature: of the loss. seed: with the place in the run, decides every random draw.
+        speed: Speed. In bf16, weights, batch statistics, normalisation and loss stay in float32.
+            Kernels are compiled for two shapes: that of a batch, and of the partial last one.
         sync_bn: whether `network` went through distributed.sync_batch_norm.
     """
 
-    def __init__(
-        self, network, optimizer, images, mode, *, size, mean=None, std=None, temperature=0.5,
-        seed=0, precision="fp32", channels_last=False, compile=False, sync_bn=False,
-    ):
+    def __init__(self, network, optimizer, images, mode, *, size, mean=None, std=None,
+                 temperature=0.5, seed=0, speed=Speed(), sync_bn=False):  # noqa: B008 (immutable)
         self.network, self.optimizer, self.images, self.mode = network, optimizer, images, mode
+        self.size, self.seed, self.device = size, seed, images.labels.device
+        self.in_files = isinstance(images.pixels, ImageFiles)
         self._criterion = SupConLoss(temperature) if mode.contrastive else None
-        self._size, self._seed, self._device = size, seed, images.labels.device
-        self._mean, self._std = (  # on the device once, not at every step
-            v if v is None else torch.tensor(v, device=self._device) for v in (mean, std)
+        self._mean, self._std = (  # copied to the device once, not at every step
+            v if v is None else torch.tensor(v, device=self.device) for v in (mean, std)
         )
-        self._precision, self._channels_last = precision, channels_last
-        self._empty_share = sync_bn  # whether the network takes a batch of no images
+        self._speed, self._sync_bn = speed, sync_bn
         self._forward = distributed.parallel(network)
-        self._in_files = isinstance(images.pixels, data.Files)
-        self._apply = (AFTER_WORKERS if self._in_files else AUGMENTATIONS)[mode.augmentation]
-        if compile:
+        made = augment.AFTER_WORKERS if self.in_files else augment.AUGMENTATIONS
+        self._augment = made[mode.augmentation]
+        if speed.compile:
             self._forward = torch.compile(self._forward, dynamic=False)
-            self._apply = torch.compile(self._apply, dynamic=False)
+            self._augment = torch.compile(self._augment, dynamic=False)
 
-    def ahead(self, order, epoch, first):
-        """Yield for each step of an epoch what of its batch is made before it.
+    def __call__(self, batch, epoch, step, lr, momentum):
+        """Train on a Batch at a place in the run, of which the draws are a function.
 
-        Args:
-            order: sequence of int64 [B] on the CPU, the images of each batch.
-            epoch: as for a call. first: step to begin with.
-
-        Yields:
-            what stream.batches does where images are in files, else None.
+        Returns the loss before the update, a float scalar on the device; of several processes the
+        part of this one, and the sum of all is the loss.
         """
-        if not self._in_files:
-            yield from [None] * (len(order) - first)
-        else:
-            yield from stream.batches(
-                self.images.pixels, self.mode.augmentation, order, self._rows,
-                views=self.mode.views, size=self._size, seed=self._seed, epoch=epoch, first=first,
-                pin=self._device.type == "cuda",
-            )
-
-    def __call__(self, index, epoch, step, lr, momentum, made=None):
-        """Train on a batch.
-
-        Args:
-            index: int64 [B] on the device, which images, of the batch of all processes.
-            epoch, step: the place in the run, of which the draws are a function.
-            lr, momentum: of the update.
-            made: what `ahead` yielded for the step.
-
-        Returns:
-            float scalar on the device, the loss before the update; of several processes the part of
-            this one, and the sum of all is the loss.
-
-        Raises:
-            utils.RunError: out of GPU memory; says how many images a step would fit.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, momentum
-        try:
-            loss = self._backward(index, epoch, step, made)
-        except torch.cuda.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-        else:
-            self.optimizer.step()
-            return loss
-        fits = self._what_fits(index)  # after the exception, which holds what the step had made
-        raise utils.RunError(f"out of GPU memory in a step of {len(index)} images ({reason}); "
-                             f"{f'--batch-size {fits} fits' if fits else 'one image does not fit'}")
-
-    def _rows(self, n):
-        """The rows of a batch of n of which this process makes the views."""
-        mine = distributed.share(n)
-        # Where it has none, an image stands in: its views are computed and do not count
-        return mine if mine.stop > mine.start or self._empty_share else slice(0, 1)
-
-    def _backward(self, index, epoch, step, made):
-        """The loss of a batch, its gradients left in the parameters."""
-        mine, seen = distributed.share(len(index)), self._rows(len(index))
+        mine, rows = distributed.shard(len(batch.index)), self.rows(len(batch.index))
         images = mine.stop - mine.start
-        if made is None:
-            x = self.views(self.images.pixels[index[seen]], epoch, step, seen, len(index))
-        else:
-            x = self.finish(*made)
+        x = self.views(batch, epoch, step)  # [views * b, 3, S, S]
+
         # torch's SyncBatchNorm tells the others of an empty batch in the type of the batch
-        with utils.autocast(self._device, self._precision if images else "fp32"):
+        with utils.autocast(self.device, self._speed.precision if images else "fp32"):
             out = self._forward(x)  # [views * b, 128 or classes]
         out = out.to(torch.promote_types(out.dtype, torch.float32))
-        out = out.unflatten(0, (self.mode.views, seen.stop - seen.start))[:, :images]
-        loss = self._loss(out, index, mine)
+        # An image that only stood in for an empty shard has no part in the loss.
+        out = out.unflatten(0, (self.mode.views, rows.stop - rows.start))[:, :images]
+        loss = self._loss(out, batch.index, mine)
+
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * distributed.world()).backward()  # the mean over processes is then the sum of parts
+        # Gradients are averaged over the processes; the mean is the sum of the parts after this.
+        (loss * distributed.world_size()).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+        self.optimizer.step()
         return loss.detach()
 
-    def _what_fits(self, index):
-        """The largest half, quarter, ... of a batch whose step this process has the memory for."""
-        mine = distributed.share(len(index))
-        images = mine.stop - mine.start
-        while images := images // 2:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                # A copy that asks no other process for anything, neither gradients nor statistics
-                network = copy.deepcopy(self.network).eval()
-                pixels = data.pixels_at(self.images.pixels, index[:images].cpu())
-                x = self.views(pixels.to(self._device), 0, 0)
-                with utils.autocast(self._device, self._precision):
-                    out = network(x)
-                out.float().square().sum().backward()
-                return images * distributed.world()
-        return 0
+    def rows(self, n):
+        """Return the rows of a batch of n images of which this process makes the views: a slice."""
+        mine = distributed.shard(n)
+        # In an empty shard an image stands in, since gradients are exchanged by all processes.
+        return mine if mine.stop > mine.start or self._sync_bn else slice(0, 1)
+
+    def views(self, batch, epoch, step):
+        """Make the views of this process's rows of a Batch: float32 [views * b, 3, S, S]."""
+        if batch.prefetched is None:
+            rows = self.rows(len(batch.index))
+            pixels = self.images.pixels[batch.index[rows]]  # uint8 [b, 3, H, W]
+            # The draws depend on the place in the global batch alone: neither a resume nor another
+            # number of processes changes which crop an image gets.
+            params = augment.sample_views(
+                self.mode.augmentation, self.mode.views, len(batch.index), rows, *pixels.shape[2:],
+                utils.generator(self.seed, "augment", epoch, step))
+            pixels = pixels.repeat(self.mode.views, 1, 1, 1)  # [views * b, 3, H, W]
+        else:
+            pixels, params = batch.prefetched
+            pixels = pixels.to(self.device, non_blocking=True)
+        params = augment.to(params, self.device)
+        x = self._augment(pixels, params, self.size, self._mean, self._std)
+        channels_last = self._speed.channels_last
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def _loss(self, out, index, mine):
-        """The part of the loss that the outputs [views, b, ...] of this process see to."""
-        labels = self.images.labels[index] if self.mode.labels else None
+        """The part of the loss that the outputs [views, b, ...] of this process have."""
+        labels = self.images.labels[index] if self.mode.needs_labels else None
         if self.mode.contrastive:
+            # Every view of the whole batch is a negative, whichever process made it.
             z = distributed.gather(out.transpose(0, 1), len(index))  # [B, views, 128]
             return self._criterion(z, labels, mine)
         return F.cross_entropy(out[0], labels[mine], reduction="sum") / len(index)
 
-    def views(self, pixels, epoch, step, rows=None, batch=None):
-        """Make the augmented views of images [b, 3, H, W]: float32 [views * b, 3, S, S].
 
-        Args:
-            pixels: uint8, on the device.
-            epoch, step: the place in the run; with seed and the position in the batch they decide
-                the draws.
-            rows: slice of the batch that the images are; None is all of it.
-            batch: images of the batch; None is as many as there are.
-        """
-        batch = len(pixels) if batch is None else batch
-        generator = utils.generator(self._seed, "augment", epoch, step)
-        shape, rows = (self.mode.views, batch), slice(None) if rows is None else rows
-        if self.mode.augmentation == "ssl":
-            u = augment.uniform_ssl(math.prod(shape), generator)  # of all: the rest is of its own
-            u = u.unflatten(0, shape)[:, rows].flatten(0, 1)
-            draws = augment.ssl_draws(u, augment.ssl_boxes(u, *pixels.shape[2:]))
-        else:
-            mine = torch.arange(math.prod(shape)).view(shape)[:, rows].flatten()
-            draws = augment.take(augment.draw_org(math.prod(shape), generator), mine)
-        return self.finish(pixels.repeat(self.mode.views, 1, 1, 1), draws)
-
-    def finish(self, pixels, draws):
-        """Bring images and their draws to the device and apply there what is left of these.
-
-        Args:
-            pixels, draws: what `ahead` yielded for a step.
-
-        Returns:
-            float32 [views * b, 3, S, S].
-        """
-        draws = augment.to(draws, self._device)
-        pixels = pixels.to(self._device, non_blocking=True)
-        x = self._apply(pixels, draws, self._size, self._mean, self._std)
-        return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
+# --- one epoch ------------------------------------------------------------------------------------
 
 
-AUGMENTATIONS = {"ssl": augment.apply_ssl, "org": augment.apply_org}
-AFTER_WORKERS = {"ssl": augment.apply_colors, "org": augment.apply_org}  # that decoded and cropped
-
-
-def fast_settings(device):
-    """Return what --fast means on a device: {precision, channels_last, compile}.
-
-    A GPU takes all three. On CPUs channels-last was measured to pay at 32 pixels, bfloat16 where
-    the processor multiplies it (elsewhere it is emulated, and slow), torch.compile not at all.
-    """
-    if device.type == "cuda":
-        return {"precision": "bf16", "channels_last": True, "compile": True}
-    can = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in can)
-    return {"precision": "bf16" if bf16 else "fp32", "channels_last": True, "compile": False}
-
-
-def train_epoch(
-    train_step, *, epoch, draws, rates, batch_size, seed, print_freq, report, after_step=None,
-    first=0, losses=None,
-):
-    """Train for one epoch, or for what is left of one.
+class Epoch:
+    """A context in which iterating yields (step, Batch) of one epoch; it keeps the losses.
 
     Args:
-        train_step: Step.
-        epoch: as logs count it. draws: 0, 1, ... over the whole run; with `seed` this decides
-            every random draw of the epoch.
-        rates: function (epoch, step of it) -> (lr, momentum).
-        batch_size: images a step; the last step takes what is left.
-        print_freq: steps between two reports; the host waits for the device only then.
-        report: function (epoch, step, loss, views per second) called at them.
-        after_step: function (epoch, step, losses so far) called after each step; of several
-            processes each has its parts of the losses.
-        first, losses: where an epoch was broken off: the steps that are done, and their losses,
-            which rank 0 goes on with.
-
-    All processes call it with the same arguments.
-
-    Returns:
-        (mean loss of the epoch, views per second).
-
-    Raises:
-        utils.RunError: a loss that is not finite; names the first such step and its rates.
+        train_step: Step. name: of the epoch, in the progress bar and in errors.
+        epoch: 0, 1, ... over the whole run, warm-up included; with the seed it decides the order.
+        batch_size: images a step, of all processes; the last step takes what is left.
+        first, losses: where an epoch was broken off: the steps that are done, and their losses.
     """
-    train_step.network.train()
-    images, views = train_step.images, train_step.mode.views
-    device = images.labels.device
-    order = data.epoch_order(len(images), seed, draws)
-    batches = order.to(device).split(batch_size)
-    every = torch.zeros(len(batches), device=device)
-    if losses is not None and distributed.is_lead():
-        every[:first] = losses.to(device)
-    seen, began = 0, time.perf_counter()
-    left = range(first, len(batches))
-    with tqdm(left, desc=f"epoch {epoch}", leave=False, initial=first, total=len(batches),
-              disable=None if distributed.is_lead() else True) as bar, \
-            contextlib.closing(train_step.ahead(order.split(batch_size), draws, first)) as ahead:
-        for step, made in zip(bar, ahead, strict=True):
-            every[step] = train_step(batches[step], draws, step, *rates(epoch, step), made)
-            seen += views * len(batches[step])
-            if (step + 1) % print_freq == 0 or step + 1 == len(batches):
-                whole = distributed.total(every[: step + 1])
-                stop_if_not_finite(whole, epoch, rates)
-                speed = seen / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {whole[step]:.4f} {speed:.0f} views/s")
-                report(epoch, step, float(whole[step]), speed)
-            if after_step is not None:
-                after_step(epoch, step, every[: step + 1])
-    sizes = torch.tensor([len(b) for b in batches], device=device)
-    mean = float((distributed.total(every) * sizes).sum() / sizes.sum())
-    return mean, seen / (time.perf_counter() - began)
+
+    def __init__(self, train_step, epoch, batch_size, name="", first=0, losses=None):
+        self._step, self._epoch, self._first, self._name = train_step, epoch, first, name
+        order = data.epoch_order(len(train_step.images), train_step.seed, epoch)
+        self._order = order.split(batch_size)
+        self._losses = torch.zeros(len(self._order), device=train_step.device)
+        if losses is not None and distributed.is_main_process():  # the others add nothing to them
+            self._losses[:first] = losses.to(train_step.device)
+        self._done, self._views = first, 0
+
+    def __len__(self):
+        return len(self._order)
+
+    def __enter__(self):
+        self._step.network.train()
+        steps, quiet = range(self._first, len(self)), not distributed.is_main_process()
+        self._bar = tqdm(steps, desc=self._name, leave=False, initial=self._first,
+                         total=len(self), disable=quiet or None)
+        self._prefetched, self._began = self._prefetch(), time.perf_counter()
+        return self
+
+    def __exit__(self, *error):
+        self._bar.close()
+        self._prefetched.close()  # ends the workers, also where the run stops in the middle
+
+    def __iter__(self):
+        # The whole order is copied at once: a copy at each step would make the host wait.
+        index = torch.cat(self._order).to(self._step.device).split(len(self._order[0]))
+        for step in self._bar:
+            yield step, Batch(index[step], next(self._prefetched, None))
+
+    def _prefetch(self):
+        """Yield what worker processes make of each batch; nothing for images in memory."""
+        run = self._step
+        if run.in_files:
+            yield from image_files.training_batches(
+                run.images.pixels, run.mode.augmentation, self._order, run.rows,
+                views=run.mode.views, size=run.size, seed=run.seed, epoch=self._epoch,
+                first=self._first, pin=run.device.type == "cuda")
+
+    def add(self, step, loss):
+        """Keep the loss of a step, this process's part of it, without waiting for the device."""
+        self._losses[step] = loss
+        self._done = step + 1
+        self._views += self._step.mode.views * len(self._order[step])
+
+    def losses(self):
+        """Return the losses of the steps so far, float [steps], or RunError if one is not finite.
+
+        This waits for the device.
+        """
+        losses = distributed.all_reduce_sum(self._losses[: self._done])
+        bad = (~losses.isfinite()).nonzero().squeeze(1).tolist()
+        if bad:
+            raise RunError(f"the loss is {float(losses[bad[0]])} at {self._name}, step {bad[0]}; "
+                           "stopped, the checkpoints before this epoch are untouched; a lower --lr "
+                           "or --warmup may help")
+        self._bar.set_postfix_str(f"loss {losses[-1]:.4f} {self.views_per_second():.0f} views/s")
+        return losses
+
+    def mean_loss(self):
+        """Return the mean loss of the epoch's images, a float."""
+        sizes = torch.tensor([len(b) for b in self._order], device=self._losses.device)
+        losses = distributed.all_reduce_sum(self._losses)
+        return float((losses * sizes).sum() / sizes.sum())
+
+    def views_per_second(self):
+        """Return how many views were trained on a second, of all processes."""
+        return self._views / (time.perf_counter() - self._began)
 
 
-def is_finite(network):
-    """Tell whether all floating-point weights and statistics of a network are finite."""
+# --- the state of a training ----------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a training has come; its checkpoint holds it, and a resumed run goes on from it."""
+
+    epoch: int = 0  # epochs that are done, warm-up included
+    step: int = 0  # steps of the next one that are done
+    losses: torch.Tensor | None = None  # of these steps
+    best: float = -math.inf  # the highest score of the monitor
+
+
+def checkpoint_state(network, optimizer, config, progress):
+    """Describe the state of a training for a checkpoint, or RunError if weights are not finite.
+
+    Returns a dict of tensors and plain types. Its first five entries are the original's: `epoch`
+    counts from the end of the warm-up, and `best_prec1` is in per cent.
+    """
+    # The loss of the last step was computed before its update and cannot tell.
     values = [v for v in network.state_dict().values() if v.is_floating_point()]
-    return bool(torch.stack([v.isfinite().all() for v in values]).all())
+    if not torch.stack([v.isfinite().all() for v in values]).all():
+        raise RunError(f"weights are not finite after {progress.epoch} epochs and {progress.step} "
+                       "steps; stopped, the checkpoints of earlier steps are untouched")
+    warmup_epochs = WARMUP_EPOCHS if config["warmup"] else 0
+    return {
+        "epoch": max(progress.epoch - warmup_epochs, 0),
+        "arch": config["arch"],
+        "state_dict": network.state_dict(),
+        "best_prec1": 100 * max(progress.best, 0.0),  # without an accuracy there is no best
+        "optimizer": optimizer.state_dict(),
+        "config": config,
+        "progress": {**vars(progress), "device": values[0].device.type,
+                     "processes": distributed.world_size()},
+    }
 
 
-def stop_if_not_finite(losses, epoch, rates):
-    """Raise RunError if one of an epoch's losses [steps] is not finite; names the first."""
-    bad = (~losses.isfinite()).nonzero().squeeze(1).tolist()
-    if bad:
-        lr, momentum = rates(epoch, bad[0])
-        raise utils.RunError(
-            f"the loss is {float(losses[bad[0]])} at epoch {epoch}, step {bad[0]} (lr {lr:.6g}, "
-            f"momentum {momentum:.4g}); stopped, the checkpoints before this epoch are untouched; "
-            "a lower --lr or --warmup may help"
-        )
+def restore_training(saved, network, optimizer, device):
+    """Put the state of `checkpoint_state`, None for a new run, back; returns its Progress."""
+    if saved is None:
+        return Progress()
+    network.load_state_dict(saved["state_dict"])
+    optimizer.load_state_dict(saved["optimizer"])
+    before = saved["progress"]
+    for key, now in (("device", device.type), ("processes", distributed.world_size())):
+        if before.get(key, now) != now:
+            utils.note(f"the run was trained with {key} {before[key]} so far and goes on with "
+                       f"{now}")
+    return Progress(*(before[name] for name in ("epoch", "step", "losses", "best")))
+
+
+def describe_epoch(record, warmup_epochs):
+    """Return the line of an epoch in setup.log, as the original's begins, from its record."""
+    title = f"Epoch {record['epoch']}"
+    if record["epoch"] < 0:
+        title = f"Warm-up epoch {record['epoch'] + warmup_epochs + 1} of {warmup_epochs}"
+    if "accuracy" in record["monitor_name"]:
+        title += (f", validation accuracy {100 * record['monitor']}, "
+                  f"best_prec {100 * record['best']}")
+    return (f"{title}, loss {record['loss']:.4f}, lr {record['lr']:.6f}, "
+            f"{record['views_per_s']:.0f} views/s")
 
 
 # --- monitors: they look at test images, as the original's do -------------------------------------
 
 
-def monitor(network, images, mode, *, batch_size, size, mean, std, precision="fp32"):
-    """Measure how well the classes of test images can be told, as a share in 0..1.
+def validate(network, images, mode, settings, loss):
+    """Return how good a network is, larger is better, and by what measure: (score, its name).
+
+    Args: as for `monitor`. loss: of the epoch, where the test images allow no accuracy.
+    """
+    score = monitor(network, images, mode, settings)
+    if score is None:
+        return -loss, "minus the training loss (the test images have no classes to tell apart)"
+    return score, f"{mode.monitor} on the test images"
+
+
+def monitor(network, images, mode, settings):
+    """Measure how well the classes of test images are told apart; all processes share the work.
 
     Args:
-        network: on its device; of several processes that of rank 0 is measured, and the others get
-            its statistics of batch norm.
-        images: data.ImageSet of the test images.
-        mode: a value of MODES; the others as for Step.
+        images: data.ImageSet of the test images, None where there are none.
+        mode: TrainingMode. settings: features.FeatureSettings.
 
     Returns:
-        float: top-1 accuracy of a classifier; else `knn_accuracy` of the head's outputs. None
-        where that says nothing: no classes, a single one, or none with two images. The same in all
-        processes, which share the work and have to call it together.
+        float in 0..1: top-1 accuracy of a classifier; else `knn_accuracy` of the head's outputs.
+        None where that means nothing: no classes, a single one, or none with two images.
     """
+    if images is None or images.class_names is None:
+        return None
     counts = images.labels.bincount()
-    if images.class_names is None or (counts > 0).sum() < 2:
+    if (counts > 0).sum() < 2 or (mode.contrastive and counts.max() < 2):
         return None
-    if mode.contrastive and counts.max() < 2:
-        return None
-    distributed.share_buffers(network)
-    outputs = features.extract(network, images, batch_size=batch_size, size=size, mean=mean,
-                               std=std, precision=precision, spread=True)
+    distributed.broadcast_buffers(network)  # all measure the main process's batch norm
+    outputs = features.extract(network, images, settings, shared=True)
     accuracy = None
-    if distributed.is_lead():
+    if distributed.is_main_process():
         device = next(network.parameters()).device
         measure = knn_accuracy if mode.contrastive else top_1
         accuracy = measure(outputs.to(device), images.labels.to(device))
-    return distributed.from_lead(accuracy)
+    return distributed.broadcast_object(accuracy)
 
 
 def top_1(outputs, labels):
@@ -385,20 +416,13 @@ def knn_accuracy(outputs, labels, k=20, folds=5):
     """Measure the cross-validated accuracy of a nearest-neighbour classifier.
 
     Cosine similarity, majority vote of the k nearest, ties to the smaller class; stratified folds
-    in data order; the mean of the folds' accuracies.
+    in data order; the mean of the folds' accuracies, a float in 0..1.
 
-    Args:
-        outputs: float [N, D]. labels: int64 [N] on the same device.
-        k: neighbours, at most as many as a fold leaves. folds: at most as many as the largest
-            class has members.
-
-    Returns:
-        float in 0..1.
+    Args: outputs: float [N, D]. labels: int64 [N] on the same device. k: neighbours, or as many as
+        a fold leaves. folds: or as many as the largest class has members.
 
     Source: same as the original's KNeighborsClassifier(20, metric="cosine") in cross_val_score.
     """
-    import warnings
-
     from sklearn.model_selection import StratifiedKFold
 
     z = F.normalize(outputs.float(), dim=1)

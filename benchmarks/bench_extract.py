@@ -4,137 +4,101 @@
     python benchmarks/bench_extract.py           # ResNet-50: half an hour on a CPU
     python benchmarks/bench_extract.py --quick   # ResNet-18, 256 images: half a minute
 
-The plain way is the original's: images through PIL, ToTensor and Normalize in a DataLoader, batches
-of 256, features gathered in a list; but without the gradients that it kept. Ours is features.take:
-fp32, also in batches of 256, bf16, a first evaluation that fills a cache, a second one that reads
-it, the hash of the weights included. Random 32-pixel images and weights: cost does not depend on
-them. All ways take turns. With OMP_NUM_THREADS=1 seconds are CPU time, for machines that do other
-work meanwhile; a DataLoader without workers is then the plain way. Writes
-benchmarks/records/bench_extract.json.
+The plain way is the original's: PIL images in a DataLoader, batches of 256, features gathered in a
+list; but without the gradients that it kept. Ours is in fp32, in bf16, and with a cache that is
+filled, then read, the hash of the weights included. All ways take turns. With OMP_NUM_THREADS=1
+seconds are CPU time, for machines that do other work meanwhile, and the DataLoader has no workers.
+Writes benchmarks/records/bench_extract.json.
 """
 
-import argparse
 import shutil
-import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataclasses import replace
 
 import common
+import torch
+from torchvision import transforms as t
 
-import data
 import features
 import models
 import utils
+from infra import program
 
-MEAN, STD = data.SETS["cifar10"].mean, data.SETS["cifar10"].std
 PLAIN_BATCH = 256
-WAYS = ("plain", "ours", "ours, batch of 256", "ours, bf16", "filling the cache", "from the cache")
-
-
-class PILImages(torch.utils.data.Dataset):
-    """Images as a torchvision set gives them: a PIL image at a time, transformed."""
-
-    def __init__(self, pixels):
-        from torchvision import transforms
-
-        self.pixels = pixels.permute(0, 2, 3, 1).numpy()
-        self.transform = transforms.Compose(
-            [transforms.Resize(32), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def __getitem__(self, i):
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.pixels[i]))
+QUICK = {"arch": "resnet18", "images": 256}
 
 
 def plain(network, pixels, workers):
-    """Features by a DataLoader, as a list of batches put together."""
     device = next(network.parameters()).device
-    loader = torch.utils.data.DataLoader(PILImages(pixels), PLAIN_BATCH, num_workers=workers)
+    chain = t.Compose([t.Resize(32), t.ToTensor(), t.Normalize(common.MEAN, common.STD)])
+    images = common.PILImages(pixels, chain)
     network.eval()
     with torch.no_grad():
-        return torch.cat([network(x.to(device)).cpu() for x in loader])
+        return torch.cat([network(x.to(device)).cpu() for x, in torch.utils.data.DataLoader(
+            images, PLAIN_BATCH, num_workers=workers)])
 
 
 def measure(arch, n, repeats, device, clock, workers):
     """Time all ways in turns: ({way: seconds}, largest relative difference to the plain way)."""
-    generator = torch.Generator().manual_seed(0)
-    network = models.build_model(arch, "SimCLR", generator=generator).encoder.to(device)
-    pixels = torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    images = data.ImageSet("random", pixels, torch.zeros(n, dtype=torch.int64))
-    kwargs = dict(size=32, batch_size=features.default_batch_size(device), mean=MEAN, std=STD)
-    folder = tempfile.mkdtemp()
+    generator = utils.generator(0)
+    network = models.build_model(arch, "projection", generator=generator).encoder.to(device)
+    images = common.random_images(n, 32)
+    batch = features.default_batch_size(device)
+    settings = features.FeatureSettings(32, batch, common.MEAN, common.STD)
     found = {}
 
-    def cached():
-        cache = features.Cache(folder, network)
-        found["x"] = features.take(network, images, cache=cache, **kwargs)
+    def ours(**changes):
+        return lambda: features.extract(network, images, replace(settings, **changes))
 
-    ways = dict(zip(WAYS, (
-        lambda: found.update(plain=plain(network, pixels, workers)),
-        lambda: features.take(network, images, **kwargs),
-        lambda: features.take(network, images, **kwargs | {"batch_size": PLAIN_BATCH}),
-        lambda: features.take(network, images, precision="bf16", **kwargs),
-        lambda: (shutil.rmtree(folder), cached()),
-        cached,
-    ), strict=True))
-    warm = images.take(torch.arange(min(n, kwargs["batch_size"])))
+    def cached():
+        cache = features.FeatureCache(folder, network)
+        found["x"] = features.get_features(network, images, settings, cache)
+
+    ways = {
+        "plain": lambda: found.update(plain=plain(network, images.pixels, workers)),
+        "ours": ours(), "ours, batch of 256": ours(batch_size=PLAIN_BATCH),
+        "ours, bf16": ours(precision="bf16"),
+        "filling the cache": lambda: (shutil.rmtree(folder), cached()), "from the cache": cached,
+    }
+    warm = images.subset(torch.arange(min(n, batch)))
     for precision in features.PRECISIONS:
-        features.take(network, warm, precision=precision, **kwargs)
-    try:
+        features.extract(network, warm, replace(settings, precision=precision))
+    with tempfile.TemporaryDirectory() as folder:
         seconds = common.interleaved(ways, repeats, 0, device, clock)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     difference = (found["x"] - found["plain"]).abs().max() / found["plain"].abs().max()
     return seconds, float(difference)
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--quick", action="store_true", help="ResNet-18 and 256 images")
-    p.add_argument("--arch", choices=list(models.ARCHITECTURES), help="default: resnet50")
-    p.add_argument("--images", type=int, help="default: 10,000 on a GPU, 1,000 on a CPU")
-    p.add_argument("--repeats", type=int, default=3, help="default: 3")
-    p.add_argument("--record", type=Path, help="where to write instead")
-    args = p.parse_args()
+def main(argv=None):
     device = utils.device()
-    arch = args.arch or ("resnet18" if args.quick else "resnet50")
-    n = args.images or (256 if args.quick else 10_000 if device.type == "cuda" else 1_000)
-    one = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if one else time.perf_counter
-    workers = 0 if one else min(4, common.usable_cores())
+    n = 10_000 if device.type == "cuda" else 1_000
+    p = common.parser(__doc__, images=(n, "how many"), repeats=(3, "turns"))
+    p.add_argument("--arch", choices=list(models.ARCHITECTURES), default="resnet50")
+    args = common.parse_args(p, argv, QUICK)
+    clock = common.clock_of(device)
+    workers = 0 if clock is time.process_time else min(4, common.usable_cores())
 
-    seconds, difference = measure(arch, n, args.repeats, device, clock, workers)
-    rates = {way: n / statistics.median(times) for way, times in seconds.items()}
-    print(f"{arch}, {n} images of 32 pixels; images/s by {clock.__name__}, median of "
-          f"{args.repeats}")
+    seconds, difference = measure(args.arch, args.images, args.repeats, device, clock, workers)
+    rates = {way: args.images / s for way, s in common.medians(seconds).items()}
+    print(f"{args.arch}, {args.images} images of 32 pixels; images/s by {clock.__name__}, median "
+          f"of {args.repeats}")
     for way, rate in rates.items():
         print(f"{way:20}{rate:10.0f}{rate / rates['plain']:8.1f} x plain")
     print(f"largest difference between plain and ours: {difference:.0e} of the largest feature")
-    what = f"features of {arch}, 32 pixels"
+    what = f"features of {args.arch}, 32 pixels"
     record = {
         "facts": common.facts(device), "clock": clock.__name__,
-        "settings": {"arch": arch, "images": n, "repeats": args.repeats, "plain_batch": PLAIN_BATCH,
-                     "batch": features.default_batch_size(device), "workers": workers,
-                     "warmup": "one batch of each precision"},
+        "settings": {"arch": args.arch, "images": args.images, "repeats": args.repeats,
+                     "plain_batch": PLAIN_BATCH, "batch": features.default_batch_size(device),
+                     "workers": workers, "warmup": "one batch of each precision"},
         "images_per_s": rates, "seconds": seconds, "difference": difference,
-        "table": [
-            common.row(what, "images/s", rates["plain"], rates["ours"]),
-            common.row(f"{what}, second evaluation", "images/s", rates["plain"],
-                       rates["from the cache"]),
-        ],
+        "table": [common.row(what, "images/s", rates["plain"], rates["ours"]),
+                  common.row(f"{what}, second evaluation", "images/s", rates["plain"],
+                             rates["from the cache"])],
     }
-    print(f"written: {common.write_record('bench_extract', record, args.record)}")
+    common.write_record("bench_extract", record, args.record)
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    program.run(main)

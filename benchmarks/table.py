@@ -1,33 +1,28 @@
 #!/usr/bin/env python3
-"""Print the README's benchmark table, which is made of benchmarks/records/*.json.
+"""Print the benchmark table of docs/costs.md, which is made of benchmarks/records/*.json.
 
-    python benchmarks/table.py                      # print it
-    python benchmarks/table.py --write README.md    # put it between the file's two markers
-    python benchmarks/table.py --check README.md    # exit status 1 if the file holds another
-
-A record gives rows to it by its entry "table", a list of what common.row returns.
+    python benchmarks/table.py                          # print it
+    python benchmarks/table.py --write docs/costs.md    # put it between the file's two markers
+    python benchmarks/table.py --check docs/costs.md    # exit status 1 if the file holds another
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 
 import utils
+from infra import program, storage
+from utils import RunError, UserError
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-ORDER = ("bench_step", "bench_augment", "bench_extract", "bench_detection")
+ORDER = ("bench_step", "bench_augment", "bench_extract", "bench_detection", "bench_detection_full")
 HEAD = ("measured", "unit", "plain", "ours", "times as fast", "products alone")
 
 
 def read_records(folder):
-    """Records that have rows, by name: those of ORDER first."""
+    """Records that have rows, a list of common.row under "table", by name, in ORDER."""
     found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*.json")}
-    names = sorted(found, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n))
+    names = sorted(found, key=lambda name: (*ORDER, name).index(name))
     return {name: found[name] for name in names if "table" in found[name]}
 
 
@@ -38,68 +33,63 @@ def figure(value):
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".removesuffix(".")
 
 
+def markdown(head, rows, left=1):
+    """The lines of a table, all but `left` columns aligned to the right, and an empty line."""
+    bars = ["---"] * left + ["---:"] * (len(head) - left)
+    return ["| " + " | ".join(row) + " |" for row in (head, bars, *rows)] + [""]
+
+
 def table(records):
-    """Make the table, and a line for each machine that the records come from.
-
-    Args:
-        records: {name: record}.
-
-    Returns:
-        str, lines of Markdown.
-    """
-    lines = [HEAD, ("---", "---", "---:", "---:", "---:", "---:")]
-    machines = {}
+    """The table of {name: record}, and a line for each machine that they come from: Markdown."""
+    rows, machines = [], {}
     for name, record in records.items():
         machines.setdefault(machine(record["facts"]), []).append(name)
         for r in record["table"]:
             gain = r["ours"] / r["plain"] if "/" in r["unit"] else r["plain"] / r["ours"]
-            lines.append((r["what"], r["unit"], figure(r["plain"]), figure(r["ours"]),
-                          f"{gain:.1f}", figure(r["products"])))
-    text = ["| " + " | ".join(line) + " |" for line in lines] + [""]
-    text += [f"{', '.join(names)}: {machine}." for machine, names in machines.items()]
-    return "\n".join(text)
+            rows.append((r["what"], r["unit"], figure(r["plain"]), figure(r["ours"]),
+                         f"{gain:.1f}", figure(r["products"])))
+    return "\n".join(markdown(HEAD, rows, left=2)
+                     + [f"{', '.join(names)}: {where}." for where, names in machines.items()])
 
 
 def machine(facts):
     """Where a record comes from, in one sentence without a full stop."""
-    place = f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} used by torch"
-    if "gpu" in facts:
-        place = f"{facts['gpu']}, {place}"
-    return f"{place}; torch {facts['versions']['torch']}; {facts['time'][:10]}"
+    gpu = f"{facts['gpu']}, " if "gpu" in facts else ""
+    return (f"{gpu}{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} used by torch; "
+            f"torch {facts['versions']['torch']}; {facts['time'][:10]}")
 
 
-def put(text, made):
-    """Return a file's text with what stands between the markers replaced.
+def put(path, made, name="benchmarks", check=False):
+    """Put a table between the markers of a name in a file, or only check that it is there.
 
     Raises:
-        utils.UserError: the markers are not there once each, in order.
+        UserError: the markers are not there once each, in order. RunError: another table is there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in before + after:
-        raise utils.UserError(f"one line {BEGIN} and one line {END} after it are needed")
-    return f"{before}{begin}\n{made}\n{end}{after}"
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end or begin in after or end in before + after:
+        raise UserError(f"{path}: one line {begin} and one line {end} after it are needed")
+    new = f"{before}{begin}\n{made}\n{end}{after}"
+    if not check:
+        with storage.atomic_write(path, "w", encoding="utf-8") as file:
+            file.write(new)
+    elif new != text:
+        raise RunError(f"{path} holds another table; benchmarks/table.py --write {path}")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def main(argv=None):
+    p = utils.Parser(__doc__)
     p.add_argument("--records", type=Path, default=common.RECORDS, help="their folder")
     p.add_argument("--write", type=Path, metavar="FILE", help="put the table into this file")
     p.add_argument("--check", type=Path, metavar="FILE", help="compare this file with the records")
-    args = p.parse_args()
+    args = utils.parse_args(p, argv)
     made = table(read_records(args.records))
     print(made)
-    for path in (args.write, args.check):
-        if path is None:
-            continue
-        text = path.read_text(encoding="utf-8")
-        new = put(text, made)
-        if path == args.write:
-            with utils.whole_file(path, "w", encoding="utf-8") as file:
-                file.write(new)
-        elif new != text:
-            raise utils.RunError(f"{path} holds another table; benchmarks/table.py --write {path}")
+    for path in filter(None, (args.write, args.check)):
+        put(path, made, check=path is not args.write)
 
 
 if __name__ == "__main__":
-    utils.program(main)
+    program.run(main)

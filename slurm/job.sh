@@ -1,16 +1,23 @@
 # shellcheck shell=bash
-# What the batch scripts share. They source it; nobody submits it.
+# What the batch scripts share; they source it:
 #
-# They set PYTHON and RESTARTS and define `progress LOG`, which prints one word that changes when
-# the program has got further. Then: take_task ARGUMENTS...; run_job SCRIPT "${arguments[@]}".
-# `launcher` may hold words to start Python by, `stop` the signal that asks those for an end.
+#   take_task ARGUMENTS...                                  # sets `arguments`
+#   run_job SIGNAL "$PYTHON" -u train.py "${arguments[@]}"  # SIGNAL asks this command to end
+#
+# A script may define `progress`, which prints something that changes when the job gets further.
 
+PYTHON=${PYTHON:-.venv/bin/python}
+RESTARTS=${RESTARTS:-3} # so many in a row may bring no progress; then the job gives up
+
+# Torch would start a thread for every core of the machine where a site does not bind jobs to CPUs.
+gpus=${SLURM_GPUS_ON_NODE:-1}
+threads=$(((${SLURM_CPUS_PER_TASK:-1} + gpus - 1) / gpus))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+
+# SLURM_JOB_ID of an array's last task is the number of the array: scontrol would requeue all tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID} # the last task's SLURM_JOB_ID would mean the whole array to scontrol
+job=${job:-$SLURM_JOB_ID}
 log=$(readlink "/proc/$$/fd/1")
-state=slurm/logs/$SLURM_JOB_NAME-$job.restarts
-launcher=()
-stop=TERM
 
 say() {
     echo "$SLURM_JOB_NAME $job: $*"
@@ -21,21 +28,16 @@ refuse() {
     exit 2
 }
 
-processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-}} # on a node; train.py has one for each GPU
-[[ ${processes:-1} =~ ^[1-9][0-9]*$ ]] || refuse "PROCESSES=$processes is no number of processes"
-# On its share of a node torch would start a thread for every core of the machine
-threads=$((${SLURM_CPUS_PER_TASK:-1} / ${processes:-1}))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-
-# The `progress` of a training: which file its newest checkpoint is.
-newest_checkpoint() {
+# Which file the newest checkpoint of a training is.
+progress() {
     local run
-    run=$(sed -n 's/.*run folder //p' "$1" | tail -n 1)
-    stat -c %i.%Y "$run/checkpoint/checkpoint.pth.tar" 2>/dev/null || echo none
+    run=$(grep -so 'run folder .*' "$log" | tail -n 1)
+    stat -c 'checkpoint %i.%Y' "${run#run folder }/checkpoint/checkpoint.pth.tar" 2>/dev/null ||
+        echo "no checkpoint"
 }
 
 # The words before the first flag are the list of a job array: its task i, counted from 0, has the
-# i-th in the place of every {} of the other arguments. Sets `arguments`.
+# i-th in the place of every {} of the other arguments.
 take_task() {
     local list=() task=${SLURM_ARRAY_TASK_ID:-} last
     while [[ $# -gt 0 && $1 != -* ]]; do
@@ -54,51 +56,47 @@ take_task() {
     arguments=("${arguments[@]//"{}"/"${list[task]}"}")
 }
 
-# Run a script and hand the job's signals on to it. End with its exit status; requeue the job first
-# if the time limit was near and the script has stopped for it.
+# Run a command and end with its exit status. Slurm sends USR1 to this shell before the time limit:
+# then the command is asked to end, and the job is requeued unless the command had finished.
 run_job() {
-    local child="" caught="" time_is_up="" status stuck=0 before=""
-    local again=${SLURM_RESTART_COUNT:-0}
+    local signal=$1 child="" requeue="" status
+    shift
     [[ -x $(command -v "$PYTHON") ]] || refuse "PYTHON=$PYTHON is no program, seen from $PWD"
-    trap 'caught=1 time_is_up=1; [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1
-    trap 'caught=1; [[ -n $child ]] || exit 143; kill -"$stop" "$child" 2>/dev/null' TERM
-
-    # `stuck` counts restarts in a row, by whomever, that found what the start before them found
-    [[ $again -eq 0 || ! -f $state ]] || read -r stuck before <"$state"
-    if [[ $again -gt 0 && $before == "$(progress "$log")" ]]; then
-        stuck=$((stuck + 1))
-    else
-        stuck=0
-    fi
-    before=$(progress "$log")
-    [[ $stuck -le $RESTARTS ]] || give_up
-    echo "$stuck $before" >"$state"
-
-    say "start $((again + 1)) on ${SLURM_JOB_NODELIST:-$HOSTNAME}: $PYTHON -u ${*@Q}"
-    "${launcher[@]}" "$PYTHON" -u "$@" &
+    trap 'requeue=yes; [[ -z $child ]] || kill -"$signal" "$child" 2>/dev/null' USR1
+    start "$@"
+    # When Slurm ends a job it sends TERM to every process of it, so the command has had it too.
+    # Whether the job is requeued is then up to Slurm: we would bring back what a user cancelled.
+    trap 'requeue=no' TERM
+    "$@" &
     child=$!
-    [[ -z $time_is_up ]] || kill -USR1 "$child"
-    caught=1
-    while [[ -n $caught ]]; do # a trap ends `wait` before the child has ended
-        caught=""
+    [[ $requeue != yes ]] || kill -"$signal" "$child"
+    while kill -0 "$child" 2>/dev/null; do # a trap ends `wait` before the command has ended
         wait "$child"
-        status=$?
     done
-
-    [[ $status -ne 0 ]] || rm -f "$state"
-    if [[ -n $time_is_up && ($status -eq 75 || $status -eq $((128 + $(kill -l USR1)))) ]]; then
-        [[ $stuck -lt $RESTARTS || $before != "$(progress "$log")" ]] || give_up
+    wait "$child"
+    status=$?
+    # For the grace time of a preemption Slurm stops the tasks of srun and does not tell this shell.
+    [[ $status -ne 75 ]] || requeue=${requeue:-yes}
+    if [[ $requeue == yes && $status -ne 0 ]]; then
         trap '' TERM # with which Slurm ends the job that it requeues
-        say "stopped for the time limit with exit status $status; to be requeued"
+        say "stopped with exit status $status; to be requeued"
         scontrol requeue "$job" || say "was not requeued; submit it again, it continues" >&2
     fi
     exit "$status"
 }
 
-give_up() {
-    say "error: gave up after $RESTARTS restarts without progress" >&2
-    rm -f "$state"
-    trap '' TERM
-    scancel "$job" # a site may have Slurm requeue what fails; what is cancelled stays so
-    exit 1
+# Log a start with the progress it has found, or cancel the job after RESTARTS restarts in a row, by
+# whomever, that all found the same.
+start() {
+    local found again=${SLURM_RESTART_COUNT:-0} same
+    found="with [$(progress)]"
+    same=$(grep -sF "$SLURM_JOB_NAME $job: start " "$log" | tail -n $((RESTARTS + 1)) |
+        grep -cF "$found")
+    if [[ $again -gt $RESTARTS && $same -gt $RESTARTS ]]; then
+        say "error: gave up after $RESTARTS restarts without progress" >&2
+        trap '' TERM
+        scancel "$job" # a site may have Slurm requeue what fails; what is cancelled stays so
+        exit 1
+    fi
+    say "start $((again + 1)) on ${SLURM_JOB_NODELIST:-$HOSTNAME} $found: $(printf '%q ' "$@")"
 }

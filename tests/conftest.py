@@ -1,10 +1,15 @@
 """Fixtures that the tests of several rooms share: tiny image sets, a checkpoint, the commands."""
 
+import contextlib
+import functools
+import importlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-import distributed
+from infra import program
 
 # Of several GPUs the programs would use all; where a test does not say so, they are one process
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -43,7 +48,7 @@ def environment(**changes):
     """This environment, a thread for each process, and no process group that a test may be in."""
     clean = {k: v for k, v in os.environ.items()
              if not k.startswith("PET_")
-             and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCH_CPP_LOG_LEVEL")}
+             and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     return clean | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in changes.items()}
 
 
@@ -51,8 +56,10 @@ def environment(**changes):
 def terminal():
     """Signals of a terminal reach what a test starts, though nohup or "&" may have begun it all."""
     meant = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    with distributed.handling(meant):
-        yield
+    before = {number: signal.signal(number, handler) for number, handler in meant.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +73,52 @@ def command():
         )
 
     return run
+
+
+@contextlib.contextmanager
+def _started_in(folder, argv, env):
+    """Be a program that was started in a folder; yields its stdout and stderr, byte streams."""
+    before = Path.cwd(), sys.argv, dict(os.environ)
+    torch_before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+    os.chdir(folder)
+    os.environ.update(env or {})
+    sys.argv = argv
+    try:
+        with (contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]),
+              warnings.catch_warnings()):
+            yield streams
+    finally:
+        torch.use_deterministic_algorithms(torch_before[0])
+        torch.backends.cudnn.benchmark = torch_before[1]
+        os.chdir(before[0])
+        sys.argv = before[1]
+        os.environ.clear()
+        os.environ.update(before[2])
+
+
+def call_program(script, *arguments, cwd, env=None):
+    """Run one of the programs in this process, which costs no new interpreter.
+
+    Returns:
+        subprocess.CompletedProcess, as of the command.
+    """
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+    argv, status = [script, *map(str, arguments)], 0
+    with _started_in(cwd, argv, env) as streams:
+        try:
+            program.run(functools.partial(main, argv[1:]))
+        except SystemExit as end:
+            status = end.code
+    out, err = (s.flush() or s.buffer.getvalue().decode("utf-8", "surrogateescape")
+                for s in streams)
+    return subprocess.CompletedProcess([sys.executable, *argv], status, out, err)
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Function (script, *arguments, cwd=..., env=...) -> call_program of them."""
+    return call_program
 
 
 @pytest.fixture(scope="session")
@@ -110,10 +163,10 @@ def tiny_imagenet(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, command, tiny_npz):
+def trained(tmp_path_factory, call, tiny_npz):
     """The best checkpoint of a SimCLR ResNet-18 that train.py trained on `tiny_npz`."""
     home = tmp_path_factory.mktemp("trained")
-    done = command(
+    done = call(
         "train.py", "--dataset", f"npz:{tiny_npz}", "--arch", "resnet18", "--size", 8,
         "--epochs", 1, "--batch-size", 16, "--lr", 0.05, "--normalize", cwd=home,
     )

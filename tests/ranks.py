@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file's folder is there
+
+from epochs import run_epoch
 
 import data
-import distributed
 import losses
 import models
 import trainers
+from features import FeatureSettings
+from infra import distributed
 
 IMAGES, BATCH, CLASSES = 22, 10, 3
 STEPS, EPOCHS = 3, 2
@@ -27,7 +30,7 @@ BROKEN_AT = (1, 1)  # epoch and step after which two processes stop and three go
 
 
 class Network(nn.Module):
-    """A ResNet in double precision: "plain" without batch norm, "frozen", or "synced"."""
+    """A ResNet in double precision: "plain" without batch norm, or "frozen"."""
 
     def __init__(self, mode, norm):
         super().__init__()
@@ -42,8 +45,6 @@ class Network(nn.Module):
                 for name, layer in parent.named_children():
                     if isinstance(layer, nn.BatchNorm2d):
                         setattr(parent, name, nn.Identity())
-        if norm == "synced":
-            distributed.sync_batch_norm(network)
 
     def forward(self, x):
         return self.network(x.double())
@@ -68,89 +69,76 @@ def train(mode, norm, state=None, broken=False):
     """Train for two epochs, or for a part of them: {name: tensor}."""
     network = Network(mode, norm)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    at = {"epoch": 0, "first": 0, "losses": None}
+    progress = trainers.Progress()
     if state:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        at = state["at"]
-    step = trainers.Step(network, optimizer, images(), trainers.MODES[mode], size=8, seed=7,
-                         mean=[0.5] * 3, std=[0.2] * 3, sync_bn=norm == "synced")
-    reported, means, left = [], [], {}
+        progress = trainers.Progress(**state["progress"])
+    step = trainers.Step(network, optimizer, images(), trainers.TRAINING_MODES[mode], size=8,
+                         seed=7, mean=[0.5] * 3, std=[0.2] * 3)
+    reports, means = [], []
 
-    def after_step(epoch, number, so_far):
+    def break_off(epoch, number, batches):
+        nonlocal progress
         if broken and (epoch, number + 1) == BROKEN_AT:
-            left["losses"] = distributed.total(so_far)
+            progress = trainers.Progress(*BROKEN_AT, batches.losses())
             raise Broken
 
     try:
-        for epoch in range(at["epoch"], EPOCHS):
-            here = state is not None and epoch == at["epoch"]
-            means.append(trainers.train_epoch(
-                step, epoch=epoch, draws=epoch, rates=lambda e, s: (0.02, 0.9), batch_size=BATCH,
-                seed=7, print_freq=1, report=lambda e, s, loss, speed: reported.append(loss),
-                after_step=after_step, first=at["first"] if here else 0,
-                losses=at["losses"] if here else None)[0])
+        for epoch in range(progress.epoch, EPOCHS):
+            means.append(run_epoch(step, epoch, batch_size=BATCH, print_freq=1, reports=reports,
+                                   first=progress.step, losses=progress.losses,
+                                   after_step=break_off))
+            progress = trainers.Progress(epoch + 1)
     except Broken:
-        left |= {"epoch": BROKEN_AT[0], "first": BROKEN_AT[1]}
-        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "at": left}
-    return {"losses": torch.tensor(reported, dtype=torch.float64),
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(),
+                "progress": vars(progress)}
+    return {"losses": torch.tensor([loss for _, _, loss in reports], dtype=torch.float64),
             "means": torch.tensor(means, dtype=torch.float64), **network.network.state_dict()}
 
 
 def watch(mode):
     """What the monitor says of a network whose statistics differ between processes."""
-    network = models.build_model("resnet18", mode, CLASSES, torch.Generator().manual_seed(2))
+    row = trainers.TRAINING_MODES[mode]
+    network = models.build_model("resnet18", row.head, CLASSES, torch.Generator().manual_seed(2))
     network.encoder.bn1.running_mean += distributed.rank()
-    score = trainers.monitor(network, images(), trainers.MODES[mode], batch_size=4, size=8,
-                             mean=None, std=None)
+    score = trainers.monitor(network, images(), row, FeatureSettings(size=8, batch_size=4))
     return {"score": torch.tensor(score, dtype=torch.float64),
             "statistics": network.encoder.bn1.running_mean}
-
-
-def normalise():
-    """A batch norm over all processes of images in bfloat16: {name: tensor}."""
-    images = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(3)).bfloat16()
-    layer = distributed.sync_batch_norm(nn.Sequential(nn.BatchNorm2d(4)))
-    out = layer(images[distributed.share(5)])
-    assert out.dtype == torch.bfloat16
-    return {"out": distributed.gather(out.detach().float(), 5).double(),
-            "variance": layer[0].running_var.double()}
 
 
 def contrast(n, labels):
     """Loss and gradient of n images, each process with its share: {name: tensor}."""
     generator = torch.Generator().manual_seed(n)
     whole = torch.randn(n, 2, 16, dtype=torch.float64, generator=generator)
-    mine = distributed.share(n)
+    mine = distributed.shard(n)
     z = whole[mine].requires_grad_()
     every = distributed.gather(F.normalize(z, dim=2), n)
     y = torch.arange(n) % 3 if labels else None
     part = losses.SupConLoss(0.5)(every, y, mine)
     part.backward()
-    return {"loss": distributed.total(part.detach()), "gradient": distributed.gather(z.grad, n)}
+    return {"loss": distributed.all_reduce_sum(part.detach()),
+            "gradient": distributed.gather(z.grad, n)}
 
 
 def main(folder):
     distributed.start()
-    world = distributed.world()
+    world = distributed.world_size()
     results = {f"contrast of {n}, {'SupCon' if labels else 'SimCLR'}": contrast(n, labels)
                for n in (2, 11) for labels in (False, True)}
-    results["bfloat16"] = normalise()
     results |= {f"monitor of {mode}": watch(mode) for mode in ("SimCLR", "SupCE")}
-    for mode, norm in (("SimCLR", "plain"), ("SimCLR", "frozen"), ("SupCon", "plain"),
-                       ("SupCon", "frozen"), ("SupCE", "plain"), ("SimCLR", "synced"),
-                       ("SupCE", "synced")):
+    for mode, norm in (("SimCLR", "frozen"), ("SupCon", "plain"), ("SupCE", "plain")):
         results[f"{mode}, {norm}"] = train(mode, norm)
     if world == 2:
         state = train("SimCLR", "frozen", broken=True)
-        if distributed.is_lead():
+        if distributed.is_main_process():
             torch.save(state, folder / "broken.pt")
     if world == 3:
         state = torch.load(folder / "broken.pt", weights_only=True)
         results["SimCLR, frozen, resumed"] = train("SimCLR", "frozen", state)
-    if distributed.is_lead():
+    if distributed.is_main_process():
         torch.save(results, folder / f"{world}.pt")
-    distributed.leave()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """data.py: what each set hands over, where it looks for it, and how images are chosen and ordered.
 
-    pytest tests/test_data.py     # 5 s on 2 cores
+    pytest tests/test_data.py
 
 Official sets are tiny files in the official layout, whose checksums torchvision is told to expect.
 """
@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets, transforms
 
 import data
+from infra import image_files
 from utils import UserError
 
 
@@ -64,10 +65,10 @@ def test_digits_are_the_1797_of_scikit_learn_each_in_one_split(digits):
     assert (len(digits["train"]), len(digits["test"])) == (1352, 445)
 
 
-@pytest.mark.parametrize("label", range(10))
-def test_a_quarter_of_each_digit_is_for_testing(digits, label):
-    train, test = ((digits[s].labels == label).sum().item() for s in ("train", "test"))
-    assert abs(test - (train + test) / 4) < 1
+def test_a_quarter_of_each_digit_is_for_testing(digits):
+    train, test = (digits[s].labels.bincount() for s in ("train", "test"))
+    assert len(train) == len(test) == 10
+    assert ((test - (train + test) / 4).abs() < 1).all()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -76,8 +77,7 @@ def test_digits_are_grey_pictures_of_8_pixels_with_17_levels(digits, split):
     assert part.pixels.shape == (len(part), 3, 8, 8)
     assert part.pixels.dtype == torch.uint8
     assert set(part.pixels.unique().tolist()) == {math.floor(v * 255 / 16 + 0.5) for v in range(17)}
-    assert torch.equal(part.pixels[:, 0], part.pixels[:, 1])
-    assert torch.equal(part.pixels[:, 0], part.pixels[:, 2])
+    assert torch.equal(part.pixels, part.pixels[:, :1].expand(-1, 3, -1, -1))
     assert part.labels.dtype == torch.int64
     assert part.class_names == tuple("0123456789")
 
@@ -108,10 +108,8 @@ def test_colour_arrays_come_with_their_channels_first(tmp_path):
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_labels_of_an_array_may_stand_in_a_column(tmp_path, shape):
-    y = np.array([2, 0, 1, 2], dtype=np.uint8)
-    spec = write_npz(
-        tmp_path / "a.npz", test_images=random_bytes(4, 6, 6), test_labels=y.reshape(shape)
-    )
+    y = np.array([2, 0, 1, 2], dtype=np.uint8).reshape(shape)
+    spec = write_npz(tmp_path / "a.npz", test_images=random_bytes(4, 6, 6), test_labels=y)
     images = load(spec, "test", tmp_path)
     assert images.labels.tolist() == [2, 0, 1, 2]
     assert images.labels.dtype == torch.int64
@@ -125,15 +123,14 @@ def test_arrays_without_labels_are_images_without_classes(tmp_path):
     assert images.labels.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(("train", "test"), [([0, 4], [1, 0]), ([0, 1], [4, 0])])
-def test_both_splits_of_a_file_count_the_same_classes(tmp_path, split, train, test):
+def test_both_splits_of_a_file_count_the_same_classes(tmp_path, train, test):
     spec = write_npz(
         tmp_path / "a.npz",
         train_images=random_bytes(2, 6, 6), train_labels=np.array(train),
         test_images=random_bytes(2, 6, 6), test_labels=np.array(test),
     )
-    assert load(spec, split, tmp_path).class_names == tuple("01234")
+    assert all(load(spec, s, tmp_path).class_names == tuple("01234") for s in ("train", "test"))
 
 
 @pytest.mark.parametrize(
@@ -267,25 +264,20 @@ SHAPES = [(30, 40), (50, 20), (17, 17), (9, 9), (32, 32), (32, 33), (32, 35), (3
 
 
 @pytest.mark.parametrize("size", [32, 17, 8])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]} x {s[1]}")
-def test_a_file_becomes_the_square_of_torchvisions_resize_and_centre_crop(tmp_path, shape, size):
-    path = write_image(tmp_path / "a.png", *shape)
-    assert torch.equal(data.decode([path], size)[0], by_torchvision(path, size))
+def test_files_become_in_their_order_the_squares_of_torchvisions_resize_and_centre_crop(
+    tmp_path, size
+):
+    paths = [write_image(tmp_path / f"{i}.png", *s, seed=i) for i, s in enumerate(SHAPES)]
+    found = image_files.decode(paths, size)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, torch.stack([by_torchvision(p, size) for p in paths]))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_files_of_any_8_bit_mode_become_rgb(tmp_path, mode):
     suffix = "jpg" if mode == "CMYK" else "png"
     path = write_image(tmp_path / f"a.{suffix}", 20, 30, mode=mode)
-    found = data.decode([path], 16)
-    assert found.dtype == torch.uint8
-    assert torch.equal(found[0], by_torchvision(path, 16))
-
-
-def test_files_of_mixed_sizes_are_decoded_in_their_order(tmp_path):
-    paths = [write_image(tmp_path / f"{i}.png", *s, seed=i) for i, s in enumerate(SHAPES)]
-    found = data.decode(paths, 12)
-    assert torch.equal(found, torch.stack([by_torchvision(p, 12) for p in paths]))
+    assert torch.equal(image_files.decode([path], 16)[0], by_torchvision(path, 16))
 
 
 # --- files that are decoded as they are needed ----------------------------------------------------
@@ -316,20 +308,20 @@ def test_imagenet_is_read_as_its_archives_unpack(imagenet, split, workers):
     assert images.class_names == ("n01", "n02", "n03", "n04")
     assert images.paths == tuple(str(folder / f"{name}.JPEG") for name in names)
     assert images.labels.tolist() == labels
-    pixels = data.pixels_at(images.pixels, slice(0, len(images)))
+    pixels = data.load_pixels(images.pixels, slice(0, len(images)))
     assert torch.equal(pixels, torch.stack([by_torchvision(p, 8) for p in images.paths]))
-    assert isinstance(images.pixels, data.Files) == (workers > 0)
+    assert isinstance(images.pixels, image_files.ImageFiles) == (workers > 0)
 
 
 @pytest.mark.parametrize(("split", "folder"), [("train", "train"), ("test", "val")])
 def test_imagenet_that_is_not_there_or_flat_is_refused_with_its_place(tmp_path, split, folder):
     place = f"imagenet/{folder}/CLASS/"
-    with pytest.raises(UserError, match=f"not found in .*{place}"):
+    with pytest.raises(UserError, match=f"imagenet: not found.*{place}"):
         load("imagenet", split, tmp_path)
     assert not data.has_split("imagenet", split, data_dir=tmp_path)
     write_image(tmp_path / "imagenet" / folder / "ILSVRC2012_val_00000001.JPEG")
     assert data.has_split("imagenet", split, data_dir=tmp_path)
-    with pytest.raises(UserError, match=f"no images in the class folders .*{place}"):
+    with pytest.raises(UserError, match=f"no images .*in the class folders .*{place}"):
         load("imagenet", split, tmp_path)
 
 
@@ -338,26 +330,26 @@ def test_files_are_indexed_as_a_tensor_and_decoded_when_they_are_asked_for(image
     resident = load("imagenet", "train", imagenet).pixels
     assert images.pixels.shape == (4, 3, 8, 8)
     decoded = []
-    square = data.square
-    monkeypatch.setattr(data, "square", lambda f, side: decoded.append(f) or square(f, side))
-    part = images.take(torch.tensor([3, 0, 0]))
+    load_rgb = image_files.load_rgb
+    monkeypatch.setattr(image_files, "load_rgb", lambda f: decoded.append(f) or load_rgb(f))
+    part = images.subset(torch.tensor([3, 0, 0]))
     assert torch.equal(data.restrict(images, (1,)).pixels.index, torch.tensor([1, 2]))
     assert part.pixels[1:].shape == (2, 3, 8, 8)
     assert data.to(part, "cpu").pixels is part.pixels
     assert decoded == []
-    assert torch.equal(part.pixels.draw(), resident[[3, 0, 0]])
+    assert torch.equal(part.pixels.load(), resident[[3, 0, 0]])
     assert sorted(decoded) == sorted(part.paths)
     assert part.pixels.paths() == list(part.paths)
-    assert torch.equal(data.pixels_at(part.pixels, torch.tensor([2, 0])), resident[[0, 3]])
-    assert data.pixels_at(part.pixels, torch.tensor([], dtype=torch.int64)).shape == (0, 3, 8, 8)
+    assert torch.equal(data.load_pixels(part.pixels, torch.tensor([2, 0])), resident[[0, 3]])
+    assert data.load_pixels(part.pixels, torch.tensor([], dtype=torch.int64)).shape == (0, 3, 8, 8)
 
 
 def test_known_outliers_of_files_are_those_of_the_same_images_in_memory(imagenet):
     images = load("imagenet", "train", imagenet, workers=2, size=12)
-    more = images.take(torch.arange(4).repeat(3))
+    more = images.subset(torch.arange(4).repeat(3))
     known, rest = data.few_shot(more.labels, 1, generator())
-    assert (len(more.take(known)), len(more.take(rest))) == (3, 9)
-    assert more.take(known).pixels.draw().shape == (3, 3, 12, 12)
+    assert (len(more.subset(known)), len(more.subset(rest))) == (3, 9)
+    assert more.subset(known).pixels.load().shape == (3, 3, 12, 12)
 
 
 def test_the_fingerprint_of_files_is_of_their_names_below_the_folder_sizes_and_labels(imagenet):
@@ -390,7 +382,7 @@ def test_the_constants_of_files_are_measured_on_a_part_that_is_always_the_same(
     monkeypatch.setattr(data, "MEASURED_FILES", most)
     images = load("imagenet", "train", imagenet, workers=1)
     rows = data.epoch_order(4, 0, 0)[:most]
-    x = images.pixels[rows].draw().double() / 255
+    x = images.pixels[rows].load().double() / 255
     assert len(x) == min(most, 4)
     mean, std = data.normalisation("imagenet", images)
     assert mean == pytest.approx(x.mean(dim=(0, 2, 3)).tolist(), abs=6e-5)
@@ -407,48 +399,25 @@ def test_imagenet_is_decoded_on_the_cores_of_each_process_and_other_sets_in_memo
     monkeypatch, spec, cores, local, workers
 ):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr("distributed.local_world", lambda: local)
+    monkeypatch.setattr("infra.distributed.local_world_size", lambda: local)
     assert data.default_workers(spec) == workers
-
-
-def test_a_set_that_memory_cannot_hold_is_refused_and_workers_suggested(imagenet, monkeypatch):
-    needed = 4 * 3 * 8 * 8
-    monkeypatch.setattr("utils.available_memory", lambda: needed)
-    assert len(load("imagenet", "train", imagenet)) == 4
-    monkeypatch.setattr("utils.available_memory", lambda: needed - 1)
-    with pytest.raises(UserError, match=r"4 images of 8 pixels take .* are left; with --workers"):
-        load("imagenet", "train", imagenet)
-    assert len(load("imagenet", "train", imagenet, workers=1)) == 4
-
-
-def test_pictures_of_a_size_that_only_their_headers_tell_are_measured_before_they_are_decoded(
-    tmp_path, monkeypatch
-):
-    # For crops the squares are up to 2.6 times as wide as --size: 21 pixels here
-    for i in range(3):
-        write_image(tmp_path / f"train/{i}.png", 50, 40, seed=i)
-    monkeypatch.setattr("utils.available_memory", lambda: 3 * 3 * 21 * 21 - 1)
-    with pytest.raises(UserError, match="3 images of 21 pixels"):
-        load("folder", "train", tmp_path, crops=True)
-    assert len(load("folder", "train", tmp_path, crops=False)) == 3
 
 
 def test_16_bit_files_are_refused_by_name(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(path)
     with pytest.raises(UserError, match=r"deep\.png"):
-        data.decode([path], 8)
+        image_files.decode([path], 8)
 
 
-@pytest.mark.parametrize("least", [None, 4])
-def test_a_file_that_cannot_be_decoded_is_named(tmp_path, least):
+@pytest.mark.parametrize("min_side", [None, 4])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path, min_side):
     good = write_image(tmp_path / "good.png")
     (tmp_path / "torn.png").write_bytes(good.read_bytes()[:40])
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(UserError, match=r"text\.png"):
-        data.decode([good, tmp_path / "text.png"], 8, least)
-    with pytest.raises(UserError, match=r"torn\.png"):
-        data.decode([good, tmp_path / "torn.png"], 8, least)
+    for name in ("text.png", "torn.png"):
+        with pytest.raises(UserError, match=f"cannot decode the image .*{name}"):
+            image_files.decode([good, tmp_path / name], 8, min_side)
 
 
 @pytest.mark.parametrize(
@@ -691,7 +660,7 @@ def test_a_noise_set_is_10000_images_of_the_wanted_size(tmp_path, kind):
     assert images.pixels.shape == (10_000, 3, 5, 5)
     assert images.class_names is None
     assert images.labels.unique().tolist() == [0]
-    part = data.pixels_at(images.pixels, torch.tensor([0, 9_999]))
+    part = data.load_pixels(images.pixels, torch.tensor([0, 9_999]))
     assert part.shape == (2, 3, 5, 5)
     assert part.dtype == torch.float32
 
@@ -699,7 +668,7 @@ def test_a_noise_set_is_10000_images_of_the_wanted_size(tmp_path, kind):
 @pytest.fixture(scope="module")
 def whole():
     """All images of each kind, 6 pixels wide, float32 [10000, 3, 6, 6]."""
-    return {kind: data.Noise(kind, 6, seed=3).draw() for kind in KINDS}
+    return {kind: data.Noise(kind, 6, seed=3).load() for kind in KINDS}
 
 
 PARTS = {
@@ -711,26 +680,22 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_part_of_a_noise_set_is_that_part_of_the_whole(whole, kind, part):
-    index = torch.tensor(PARTS[part], dtype=torch.int64)
+def test_any_part_of_a_noise_set_is_that_part_of_the_whole(whole, kind):
     noise = data.Noise(kind, 6, seed=3)
-    assert torch.equal(noise[index].draw(), whole[kind][index])
-    assert torch.equal(data.pixels_at(noise, index), whole[kind][index])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_part_of_a_part_of_a_noise_set_is_counted_from_the_part(whole, kind):
-    part = data.Noise(kind, 6, seed=3)[torch.tensor([500, 20, 333])]
-    assert torch.equal(part[torch.tensor([2, 0])].draw(), whole[kind][[333, 500]])
+    for part, rows in PARTS.items():
+        index = torch.tensor(rows, dtype=torch.int64)
+        assert torch.equal(noise[index].load(), whole[kind][index]), part
+        assert torch.equal(data.load_pixels(noise, index), whole[kind][index]), part
+    part = noise[torch.tensor([500, 20, 333])]  # a part of it is counted from there
+    assert torch.equal(part[torch.tensor([2, 0])].load(), whole[kind][[333, 500]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_seeds_make_different_noise_and_one_seed_the_same(whole, kind):
     index = torch.arange(100)
-    assert torch.equal(data.Noise(kind, 6, seed=3, index=index).draw(), whole[kind][:100])
-    other = data.Noise(kind, 6, seed=4, index=index).draw()
+    assert torch.equal(data.Noise(kind, 6, seed=3, index=index).load(), whole[kind][:100])
+    other = data.Noise(kind, 6, seed=4, index=index).load()
     assert not (other == whole[kind][:100]).flatten(1).all(dim=1).any()
 
 
@@ -770,7 +735,7 @@ def test_blobs_are_0_or_at_least_three_quarters_and_toss_coins_of_seven_tenths(w
     x = whole["blobs"]
     assert ((x == 0) | (x >= 0.75)).all()
     side = golden("blobs.npz")["blobs"].shape[1]
-    ours = data.Noise("blobs", side, seed=0, index=torch.arange(200)).draw()
+    ours = data.Noise("blobs", side, seed=0, index=torch.arange(200)).load()
     coins = np.random.default_rng(5).binomial(1, 0.7, (200, side, side, 3))
     theirs = data.blobs(coins)
     assert (ours > 0).double().mean().item() == pytest.approx((theirs > 0).mean(), abs=0.01)
@@ -780,9 +745,9 @@ def test_blobs_are_0_or_at_least_three_quarters_and_toss_coins_of_seven_tenths(w
 # --- choosing images ------------------------------------------------------------------------------
 
 
-def test_take_keeps_the_order_of_its_index_and_all_that_belongs_to_an_image():
+def test_a_subset_keeps_the_order_of_its_index_and_all_that_belongs_to_an_image():
     images = image_set(paths=tuple(f"{i}.png" for i in range(12)))
-    taken = images.take(torch.tensor([9, 0, 5]))
+    taken = images.subset(torch.tensor([9, 0, 5]))
     assert taken.pixels[:, 0, 0, 0].tolist() == [9, 0, 5]
     assert taken.labels.tolist() == [1, 0, 1]
     assert taken.paths == ("9.png", "0.png", "5.png")
@@ -790,30 +755,29 @@ def test_take_keeps_the_order_of_its_index_and_all_that_belongs_to_an_image():
     assert len(images) == 12
 
 
-def test_take_of_noise_draws_nothing_but_what_was_taken(whole):
+def test_a_subset_of_noise_is_the_noise_of_its_index(whole):
     noise = data.load("uniform", "test", data_dir="nowhere", size=6, seed=3)
-    taken = noise.take(torch.tensor([150, 3]))
-    assert torch.equal(taken.pixels.draw(), whole["uniform"][[150, 3]])
+    taken = noise.subset(torch.tensor([150, 3]))
+    assert torch.equal(taken.pixels.load(), whole["uniform"][[150, 3]])
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("restrict", [data.restrict, data.ImageSet.restrict])
-def test_restricting_to_classes_numbers_them_anew_from_0(restrict):
-    kept = restrict(image_set(), (1, 3))
+def test_restricting_to_classes_numbers_them_anew_from_0():
+    kept = data.restrict(image_set(), (1, 3))
     assert kept.pixels[:, 0, 0, 0].tolist() == [1, 3, 5, 7, 9, 11]
     assert kept.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert kept.class_names == ("b", "d")
 
 
 def test_restricting_numbers_classes_in_the_order_given():
-    kept = image_set().restrict((3, 1))
+    kept = data.restrict(image_set(), (3, 1))
     assert kept.labels.tolist() == [1, 0, 1, 0, 1, 0]
     assert kept.class_names == ("d", "b")
 
 
 def test_restricting_leaves_the_whole_set_as_it_was():
     images = image_set()
-    images.restrict((2,))
+    data.restrict(images, (2,))
     assert images.labels.tolist() == [0, 1, 2, 3] * 3
     assert images.class_names == tuple("abcd")
 
@@ -830,12 +794,6 @@ def test_restricting_leaves_the_whole_set_as_it_was():
 def test_restricting_to_what_is_not_there_is_refused(images, classes, found):
     with pytest.raises(UserError, match=found):
         data.restrict(images, classes)
-
-
-def test_a_renamed_set_has_the_same_images():
-    renamed = data.rename(image_set(), "other")
-    assert renamed.name == "other"
-    assert torch.equal(renamed.pixels, image_set().pixels)
 
 
 # --- facts and names ------------------------------------------------------------------------------
@@ -856,7 +814,7 @@ def test_the_originals_sets_keep_the_originals_constants(name, mean, std):
 
 @pytest.mark.parametrize("spec", ["digits", "folder:a", "npz:b"])
 @pytest.mark.parametrize("n", [1, 300])
-def test_other_sets_are_normalised_by_their_own_mean_and_deviation(spec, n):
+def test_other_sets_are_normalised_by_their_own_mean_and_standard_deviation(spec, n):
     x = (random_bytes(n, 3, 5, 4) * np.array([1, 0.5, 0.2])[:, None, None]).astype(np.uint8)
     images = data.ImageSet("tiny", torch.from_numpy(x), torch.zeros(n).long())
     mean, std = data.normalisation(spec, images)
@@ -958,18 +916,18 @@ def test_known_outliers_are_a_function_of_the_generator():
     assert set(first.tolist()) != set(other.tolist())
 
 
-@pytest.mark.parametrize("label", range(3))
-def test_every_image_of_a_class_is_chosen_as_often_as_the_others(label):
+def test_every_image_of_a_class_is_chosen_as_often_as_the_others():
     g = generator(6)
-    chosen = torch.cat([data.few_shot(LABELS, 2, g)[0] for _ in range(4000)])
-    counts = chosen.bincount(minlength=27)[label == LABELS]
-    assert counts.sum() == 8000
-    # Two of a draw differ, so the counts spread a little less than chisquare supposes.
-    assert chisquare(counts.numpy()).pvalue > 1e-3
-    assert counts.min() > 0
+    chosen = torch.cat([data.few_shot(LABELS, 2, g)[0] for _ in range(1000)])
+    counts = chosen.bincount(minlength=27)
+    for label in range(3):
+        mine = counts[label == LABELS]
+        assert mine.sum() == 2000
+        # Two of a draw differ, so the counts spread a little less than chisquare supposes.
+        assert chisquare(mine.numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("k", "label"), [(6, 0), (9, 0)])
-def test_known_outliers_that_would_leave_a_class_empty_are_refused(k, label):
-    with pytest.raises(ValueError, match=f"class {label} has 6 images"):
+@pytest.mark.parametrize("k", [6, 9])
+def test_known_outliers_that_would_leave_a_class_empty_are_refused(k):
+    with pytest.raises(ValueError, match="class 0 has 6 images"):
         data.few_shot(LABELS, k, generator())

@@ -1,21 +1,24 @@
 """Features are what the network gives, whatever the batch; the cache gives them back to the bit."""
 
+import contextlib
 import json
+import os
 import resource
-import subprocess
-import sys
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
 
+import augment
 import data
 import features
 import utils
+from features import DiskFeatures, FeatureCache, FeatureSettings, FeatureStore
+from infra import checkpoints, distributed
 
-SETTINGS = dict(size=8, batch_size=4, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+SETTINGS = FeatureSettings(size=8, batch_size=4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 class Tiny(torch.nn.Module):
@@ -49,40 +52,42 @@ def notes(capsys):
 
 def test_features_are_the_network_of_the_normalised_images():
     network, images = Tiny(), tiny_images()
-    mean, std = (torch.tensor(SETTINGS[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (SETTINGS.mean, SETTINGS.std))
     expected = network((images.pixels.float() / 255 - mean) / std).detach()
-    found = features.extract(network, images, **SETTINGS)
+    found = features.extract(network, images, SETTINGS)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_copies_are_augmented_from_the_resized_images_one_after_the_other():
     images, network = tiny_images(), Tiny()
-    base = replace(images, pixels=images.pixels.float() / 255)  # 8 pixels already
-    expected = [features.extract(network, base, mode="ssl", copy=c, **SETTINGS) for c in (0, 1, 2)]
-    found = features.extract(network, images, copies=3, **SETTINGS)
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    x = images.pixels.float() / 255  # 8 pixels already
+    mean, std = (torch.tensor(v) for v in (SETTINGS.mean, SETTINGS.std))
+    draws = (utils.generator(0, "ssl", "npz", copy) for copy in range(3))
+    copies = (augment.apply_ssl(x, augment.sample_ssl(10, 8, 8, g), 8, mean, std) for g in draws)
+    expected = torch.cat([network(copy).detach() for copy in copies])
+    found = features.extract(network, images, replace(SETTINGS, copies=3))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.equal(found[:10], found[10:20])
 
 
 @pytest.mark.parametrize("kind", ["blobs", "gaussian"])
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 300])
+@pytest.mark.parametrize("batch_size", [1, 7, 300])
 def test_every_image_of_a_noise_set_is_drawn_for_its_own_row(kind, batch_size):
-    noise = data.Noise(kind, 8, seed=3)[torch.arange(40, 290)]
-    images = data.ImageSet(kind, noise, torch.zeros(250, dtype=torch.int64))
+    noise = data.Noise(kind, 8, seed=3)[torch.arange(80, 130)]
+    images = data.ImageSet(kind, noise, torch.zeros(50, dtype=torch.int64))
     network = Tiny()
-    expected = network(noise.draw()).detach()
-    found = features.extract(network, images, size=8, batch_size=batch_size)
+    expected = network(noise.load()).detach()
+    found = features.extract(network, images, FeatureSettings(8, batch_size))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_that_cannot_be_drawn_stops_the_extraction(monkeypatch):
+def unreadable_images(monkeypatch):
+    """A set whose images fail to load."""
     def fail(self):
-        raise OSError("gone")
+        raise utils.UserError("cannot decode the image 7.png")
 
-    monkeypatch.setattr(data.Noise, "draw", fail)
-    images = data.ImageSet("blobs", data.Noise("blobs", 8, 0), torch.zeros(10_000).long())
-    with pytest.raises(OSError, match="gone"):
-        features.extract(Tiny(), images, size=8, batch_size=100)
+    monkeypatch.setattr(data.Noise, "load", fail)
+    return data.ImageSet("blobs", data.Noise("blobs", 8, 0), torch.zeros(10_000).long())
 
 
 @pytest.mark.parametrize("mode", ["base", "ssl"])
@@ -90,7 +95,7 @@ def test_bf16_rounds_in_the_network_only_and_gives_float32(mode):
     network, images, seen = Tiny(), tiny_images(), []
     network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     full, half = (
-        features.extract(network, images, mode=mode, precision=p, **SETTINGS | {"batch_size": 10})
+        features.extract(network, images, replace(SETTINGS, mode=mode, precision=p, batch_size=10))
         for p in features.PRECISIONS
     )
     assert half.dtype == torch.float32
@@ -109,73 +114,76 @@ def test_the_batch_size_follows_the_device(monkeypatch, device, threads, expecte
 # --- many processes -------------------------------------------------------------------------------
 
 
-def in_processes(n, code, tmp_path):
-    """Run the code in n processes that know `distributed`, this module's names and the folder."""
-    path = tmp_path / "program.py"
-    path.write_text(
-        "import sys\nfrom pathlib import Path\nimport torch\nimport distributed\nimport features\n"
-        "from test_features import *\nhere = Path(sys.argv[1])\n"
-        f"def main():\n    distributed.start()\n{code}\nutils.program(main)\n")
-    return subprocess.run(
-        [sys.executable, path, tmp_path], check=False, capture_output=True, text=True, timeout=120,
-        env=environment(PET_NPROC_PER_NODE=n, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"),
-    )
+def in_processes(n, function, folder):
+    """Call function(folder) in n forks of this process, which cost no new interpreter."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _process, (n, port, function, folder), n, start_method="fork")
 
 
-CASES = [{"mode": mode} for mode in ("base", "org", "ssl")] + [{"copies": 2}, {"batch_size": 100}]
-EXTRACT = """
-    network, found = Tiny().train(), []
-    for case in CASES:
-        found.append(features.extract(network, tiny_images(18), spread=True, **SETTINGS | case))
+def _process(rank, n, port, function, folder):
+    torch.set_num_threads(1)  # the threads of the parent are not in a fork
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+        MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.cuda.is_available = lambda: False  # a fork cannot use the CUDA of its parent
+    distributed.start()
+    function(folder)
+    distributed.shutdown()
+
+
+CASES = [replace(SETTINGS, mode=mode) for mode in ("base", "org", "ssl")]
+CASES += [replace(SETTINGS, copies=2), replace(SETTINGS, batch_size=100)]
+
+
+def share_everything(folder):
+    network = Tiny().train()
+    found = [features.extract(network, tiny_images(18), case, shared=True) for case in CASES]
     assert network.training
-    passes = distributed.everyones(network.passes)
-    if distributed.is_lead():
-        torch.save((found, passes), here / "found")
+    passes = distributed.all_gather_object(network.passes)
+    main = distributed.is_main_process()
+    if main:
+        torch.save((found, passes), folder / "extracted")
     else:
         assert found == [None] * len(CASES)
-"""
+
+    # Two sets, of which the first is asked for twice.
+    network, sets = Tiny(), [tiny_images(seed=s) for s in (1, 0, 1)]
+    features.check_same_inputs(network, sets)
+    cache = FeatureStore(folder / "cache", network) if main else None
+    found = [features.get_features(network, images, SETTINGS, cache) for images in sets]
+    passes = distributed.all_gather_object(network.passes)
+    if main:
+        torch.save(([x[:] for x in found], passes), folder / "stored")
+    else:
+        assert found == [None] * 3
+
+    for broken in ((network, [tiny_images(seed=distributed.rank())]),
+                   (Tiny(seed=distributed.rank()), sets)):
+        with pytest.raises(utils.UserError) as error:
+            features.check_same_inputs(*broken)
+        distributed.all_gather_object(None)
+        name = "the network" if broken[1] is sets else "npz:here/tiny.npz"
+        assert str(error.value).startswith(f"{name} is ")
+        assert f"in process {distributed.rank()}" in str(error.value)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_features_are_the_same_to_the_last_bit_in_any_number_of_processes(tmp_path, processes):
-    done = in_processes(processes, EXTRACT, tmp_path)
-    assert done.returncode == 0, done.stderr
-    found, passes = torch.load(tmp_path / "found")
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_work_and_features_are_those_of_one_to_the_last_bit(
+    tmp_path, processes
+):
+    in_processes(processes, share_everything, tmp_path)
+    found, passes = torch.load(tmp_path / "extracted")
     for x, case in zip(found, CASES, strict=True):
-        assert torch.equal(x, features.extract(Tiny(), tiny_images(18), **SETTINGS | case))
+        assert torch.equal(x, features.extract(Tiny(), tiny_images(18), case))
     # 18 images are 5 batches of 4, in each of 3 modes and of 2 copies; or 1 of 100
-    assert passes == {1: [26], 2: [16, 10], 3: [11, 10, 5]}[processes]
-
-
-SERVE = """
-    sets = [tiny_images(10, seed=s) for s in (0, 1, 1 + distributed.rank() * DIFFERENT)]
-    network = Tiny()
-    crew = features.Crew(network, sets)
-    if not distributed.is_lead():
-        crew.serve()
-        (here / "passes").write_text(str(network.passes))
-        return
-    cache = features.Store(here / "cache", network)
-    found = [features.take(network, sets[i], cache=cache, crew=crew, **SETTINGS)[:]
-             for i in (1, 0, 1)]
-    crew.dismiss()
-    torch.save(found, here / "found")
-"""
-
-
-def test_the_other_processes_help_with_what_is_not_in_the_cache(tmp_path):
-    done = in_processes(2, SERVE.replace("DIFFERENT", "0"), tmp_path)
-    assert done.returncode == 0, done.stderr
-    for x, seed in zip(torch.load(tmp_path / "found"), (1, 0, 1), strict=True):
-        assert torch.equal(x, features.extract(Tiny(), tiny_images(seed=seed), **SETTINGS))
-    assert (tmp_path / "passes").read_text() == "2"  # the second of three batches of two sets
-
-
-def test_processes_with_different_images_are_refused_with_one_line(tmp_path):
-    done = in_processes(2, SERVE.replace("DIFFERENT", "1"), tmp_path)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert "npz:here/tiny.npz is not the same in process 1" in line
+    assert passes == {2: [16, 10], 3: [11, 10, 5]}[processes]
+    found, passes = torch.load(tmp_path / "stored")
+    for x, seed in zip(found, (1, 0, 1), strict=True):
+        assert torch.equal(x, features.extract(Tiny(), tiny_images(seed=seed), SETTINGS))
+    assert passes == {2: [4, 2], 3: [2, 2, 2]}[processes]  # 3 batches of each of two sets
 
 
 # --- the cache ------------------------------------------------------------------------------------
@@ -183,22 +191,20 @@ def test_processes_with_different_images_are_refused_with_one_line(tmp_path):
 
 @pytest.mark.parametrize("copies", [None, 3])
 def test_the_second_time_features_come_from_the_cache_without_a_pass(tmp_path, capsys, copies):
-    images = tiny_images()
+    images, settings = tiny_images(), replace(SETTINGS, copies=copies)
     first, second = Tiny(), Tiny()
-    for network in (first, second):
-        kwargs = SETTINGS | {"copies": copies, "cache": features.Cache(tmp_path, network)}
-        network.found = features.take(network, images, **kwargs)
+    found = [features.get_features(network, images, settings, FeatureCache(tmp_path, network))
+             for network in (first, second)]
     assert first.passes == 3 * (copies or 1)
     assert second.passes == 0
-    assert torch.equal(first.found, second.found)
-    direct = features.take(Tiny(), images, copies=copies, **SETTINGS)
-    assert torch.equal(first.found, direct)
+    assert torch.equal(*found)
+    assert torch.equal(found[0], features.get_features(Tiny(), images, settings))
     assert notes(capsys) == ["features of npz:here/tiny.npz: from the cache"]
 
 
-def about(network=None, images=None, **settings):
-    cache = features.Cache("nowhere", network or Tiny())
-    return cache.about(images or tiny_images(), **SETTINGS | settings)
+def key(network=None, images=None, **settings):
+    cache = FeatureCache("nowhere", network or Tiny())
+    return cache.key(images or tiny_images(), replace(SETTINGS, **settings))
 
 
 def changed(pixels, labels):
@@ -212,25 +218,23 @@ def changed(pixels, labels):
     "other",
     [
         {"network": Tiny(seed=1)}, {"images": changed(1, 0)}, {"images": changed(0, 1)},
-        {"images": tiny_images(9)}, {"size": 9}, {"batch_size": 5}, {"mean": [0.5, 0.4, 0.31]},
+        {"images": tiny_images(9)}, {"size": 9}, {"batch_size": 5}, {"mean": (0.5, 0.4, 0.31)},
         {"std": None, "mean": None}, {"mode": "org"}, {"mode": "ssl"}, {"precision": "bf16"},
         {"copies": 1}, {"copies": 2},
     ],
     ids=lambda other: " ".join(other),
 )
 def test_what_changes_a_feature_changes_the_key(other):
-    cache = features.Cache("cache", Tiny())
-    first, second = (cache.path(tiny_images(), a) for a in (about(), about(**other)))
+    cache = FeatureCache("cache", Tiny())
+    first, second = (cache.path(tiny_images(), k) for k in (key(), key(**other)))
     assert first != second
 
 
-@pytest.mark.parametrize("mode", ["ssl", "org"])
-@pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"copy": 1}, {"images": tiny_images(name="digits")}], ids=str
-)
-def test_the_draws_of_an_augmentation_are_part_of_the_key(mode, other):
-    assert about(mode=mode) != about(mode=mode, **other)
-    assert about() == about(**other)  # without an augmentation nothing is drawn
+@pytest.mark.parametrize("augmented", [{"mode": "ssl"}, {"mode": "org"}, {"copies": 2}], ids=str)
+@pytest.mark.parametrize("other", [{"seed": 1}, {"images": tiny_images(name="digits")}], ids=str)
+def test_what_an_augmentation_is_drawn_from_is_part_of_the_key(augmented, other):
+    assert key(**augmented) != key(**augmented, **other)
+    assert key() == key(**other)  # without an augmentation nothing is drawn
 
 
 @pytest.mark.parametrize(
@@ -247,10 +251,10 @@ def test_what_noise_is_drawn_from_is_part_of_the_key(other):
 
 
 def test_machine_and_torch_are_part_of_the_key(monkeypatch):
-    before = about()
+    before = key()
     assert before["machine"].startswith("cpu ")
     monkeypatch.setattr(torch, "__version__", "1.0")
-    assert about() != before
+    assert key() != before
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,7 @@ def test_machine_and_torch_are_part_of_the_key(monkeypatch):
     ids=["place", "class names", "paths"],
 )
 def test_what_changes_no_feature_does_not_change_the_key(images):
-    assert about(images=images) == about()
+    assert key(images=images) == key()
 
 
 def test_a_checkpoint_that_is_saved_again_in_another_dialect_hits(tmp_path):
@@ -271,7 +275,7 @@ def test_a_checkpoint_that_is_saved_again_in_another_dialect_hits(tmp_path):
     hashes = set()
     for name in ("a.pth", "b.pth"):
         again = Tiny(seed=9)
-        again.load_state_dict(utils.load_checkpoint(tmp_path / name)[0])
+        again.load_state_dict(checkpoints.load_checkpoint(tmp_path / name)[0])
         hashes.add(features.weights_hash(again))
     assert hashes == {features.weights_hash(network)}
 
@@ -286,201 +290,197 @@ def flip_a_bit(path, other):
     path.write_bytes(content)
 
 
-def forge(path, other):
-    """A sound file with all features changed, which its text does not say."""
-    x = np.load(path)
-    text = path.read_bytes()[-len(json.dumps(features.Stored(path).about)):]
-    np.save(path, x + 1)
-    path.write_bytes(path.read_bytes() + text)
+def shift(path, other):
+    """A sound file with all features changed, which its .json does not say."""
+    np.save(path, np.load(path) + 1)
 
 
 def confuse(path, other):
-    path.write_bytes(other.read_bytes())
-
-
-def foreign(path, other):
-    path.write_bytes(b"no features")
+    for suffix in (".npy", ".json"):
+        path.with_suffix(suffix).write_bytes(other.with_suffix(suffix).read_bytes())
 
 
 def empty(path, other):
     path.write_bytes(b"")
 
 
-def strip(path, other):
-    np.save(path, np.load(path))
-
-
 def widen(path, other):
-    text = path.read_bytes()[128 + 4 * 10 * 5:]
     np.save(path, np.load(path).astype(np.float64))
-    path.write_bytes(path.read_bytes() + text)
 
 
-@pytest.mark.parametrize("kind", [features.Cache, features.Store])
-@pytest.mark.parametrize("harm", [cut, flip_a_bit, forge, confuse, foreign, empty, strip, widen],
+def garble(path, other):
+    path.with_suffix(".json").write_bytes(b"\xff no JSON")
+
+
+@pytest.mark.parametrize("kind", [FeatureCache, FeatureStore])
+@pytest.mark.parametrize("harm", [cut, flip_a_bit, shift, confuse, empty, widen, garble],
                          ids=lambda harm: harm.__name__)
 def test_a_damaged_or_foreign_file_is_reported_computed_again_and_replaced(
     tmp_path, capsys, harm, kind
 ):
     images, network = tiny_images(), Tiny()
     cache = kind(tmp_path, network)
-    expected = features.take(network, images, cache=cache, **SETTINGS)[:]
+
+    def get_features(images):
+        return features.get_features(network, images, SETTINGS, cache)[:]
+
+    expected = get_features(images)
     (path,) = tmp_path.rglob("*.npy")
-    features.take(network, tiny_images(seed=5), cache=cache, **SETTINGS)
+    get_features(tiny_images(seed=5))
     (other,) = set(tmp_path.rglob("*.npy")) - {path}
     harm(path, other)
     capsys.readouterr()
 
     before = network.passes
-    assert torch.equal(features.take(network, images, cache=cache, **SETTINGS)[:], expected)
+    assert torch.equal(get_features(images), expected)
     assert network.passes == before + 3
     (said,) = notes(capsys)
     assert said.startswith(f"features of {images.name}: {path} cannot be used (")
     assert said.endswith("); computed again")
-    assert torch.equal(features.take(network, images, cache=cache, **SETTINGS)[:], expected)
+    assert torch.equal(get_features(images), expected)
     assert network.passes == before + 3
     assert notes(capsys) == [f"features of {images.name}: from the cache"]
+
+
+def test_features_without_the_file_that_says_of_what_they_are_are_not_used(tmp_path):
+    network, images = Tiny(), tiny_images()
+    for passes in (3, 6):
+        features.get_features(network, images, SETTINGS, FeatureCache(tmp_path, network))
+        assert network.passes == passes
+        next(tmp_path.rglob("*.json")).unlink()
 
 
 def test_a_place_that_cannot_be_written_to_costs_one_note(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     network = Tiny()
-    cache = features.Cache(tmp_path / "file/cache", network)
+    cache = FeatureCache(tmp_path / "file/cache", network)
     for seed in (0, 1):
-        x = features.take(network, tiny_images(seed=seed), cache=cache, **SETTINGS)
+        x = features.get_features(network, tiny_images(seed=seed), SETTINGS, cache)
         assert x.shape == (10, 5)
     (said,) = notes(capsys)
-    assert "--cache-dir" in said
+    assert said.startswith("--cache-dir: ")
     assert said.endswith("cannot be written (Not a directory); features are not kept")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Let no file grow beyond 2,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_a_full_disk_costs_one_note_and_leaves_no_file(tmp_path, capsys):
     network, images = Tiny(), tiny_images(500)
-    cache = features.Cache(tmp_path, network)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        x = features.take(network, images, cache=cache, **SETTINGS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert torch.equal(x, features.extract(network, images, **SETTINGS))
+    cache = FeatureCache(tmp_path, network)
+    with full_disk():
+        x = features.get_features(network, images, SETTINGS, cache)
+    assert torch.equal(x, features.extract(network, images, SETTINGS))
     (said,) = notes(capsys)
     assert "File too large" in said
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_a_file_of_the_cache_says_what_its_features_are_of(tmp_path):
-    network = Tiny()
-    features.take(network, tiny_images(), cache=features.Cache(tmp_path, network), **SETTINGS)
-    (path,) = tmp_path.rglob("*.npy")
-    assert path.name.startswith("npz-")
-    said = features.Stored(path).about
-    assert np.load(path).shape == (10, 5)
-    assert said["weights"] == features.weights_hash(network)
-    assert (said["size"], said["mode"], said["draws"]) == (8, "base", None)
+    assert not files_in(tmp_path)
 
 
 # --- the store ------------------------------------------------------------------------------------
 
 
+def store_features(folder, images=None, network=None, **settings):
+    """DiskFeatures of images, from a store."""
+    network = network or Tiny()
+    return features.get_features(network, images or tiny_images(), replace(SETTINGS, **settings),
+                                 FeatureStore(folder, network))
+
+
 @pytest.mark.parametrize("copies", [None, 3])
 def test_features_in_a_store_are_those_in_memory_to_the_last_bit(tmp_path, copies):
     network, images = Tiny(), tiny_images()
-    expected = features.extract(Tiny(), images, copies=copies, **SETTINGS)
+    expected = features.extract(Tiny(), images, replace(SETTINGS, copies=copies))
     for _ in range(2):  # as they are written, then as they are found
-        found = features.take(network, images, cache=features.Store(tmp_path, network),
-                              copies=copies, **SETTINGS)
-        assert isinstance(found, features.Stored)
+        found = store_features(tmp_path, images, network, copies=copies)
+        assert isinstance(found, DiskFeatures)
         assert found.shape == tuple(expected.shape)
         assert torch.equal(found[:], expected)
         np.testing.assert_array_equal(found.numpy(), expected)
     assert network.passes == 3 * (copies or 1)
 
 
-def test_any_rows_can_be_read_from_a_store(tmp_path, monkeypatch):
-    network, images = Tiny(), tiny_images()
-    expected = features.extract(network, images, **SETTINGS)
-    found = features.take(network, images, cache=features.Store(tmp_path, network), **SETTINGS)
+def test_any_rows_can_be_read_from_a_store(tmp_path):
+    expected = features.extract(Tiny(), tiny_images(), SETTINGS)
+    found = store_features(tmp_path)
     for rows in (slice(2, 5), slice(8, 99), torch.tensor([7, 0, 7, 9]), torch.tensor([3])):
         assert torch.equal(found[rows], expected[rows])
-    monkeypatch.setattr(features, "PIECE", 4)
-    assert [len(rows) for rows in found.pieces()] == [4, 4, 2]
 
 
-def test_a_file_of_the_store_is_numpys_and_can_be_mapped(tmp_path):
-    network = Tiny()
-    found = features.take(network, tiny_images(), cache=features.Store(tmp_path, network),
-                          **SETTINGS)
-    (path,) = [p for p in tmp_path.rglob("*") if p.is_file()]
+def test_a_file_of_the_store_is_numpys_with_a_json_that_says_of_what(tmp_path):
+    found, network = store_features(tmp_path), Tiny()
+    about, path = sorted(files_in(tmp_path))
+    assert path.name.startswith("npz-")
     mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     assert isinstance(mapped, np.memmap)
     np.testing.assert_array_equal(mapped, found[:])
+    said = json.loads(about.read_text())
+    assert said["weights"] == features.weights_hash(network)
+    assert said.keys() - FeatureCache(tmp_path, network).key(tiny_images(), SETTINGS).keys() == {
+        "sha256"}
+    assert (said["size"], said["mode"], said["mean"]) == (8, "base", [0.5, 0.4, 0.3])
 
 
-@pytest.mark.parametrize(
-    "kinds", [(features.Cache, features.Store), (features.Store, features.Cache)], ids=str)
+@pytest.mark.parametrize("kinds", [(FeatureCache, FeatureStore), (FeatureStore, FeatureCache)],
+                         ids=str)
 def test_a_store_and_a_cache_read_each_others_files(tmp_path, kinds):
-    taken, network = [], Tiny()
-    for kind in kinds:
-        taken.append(features.take(network, tiny_images(), cache=kind(tmp_path, network),
-                                   **SETTINGS)[:])
-    assert torch.equal(*taken)
+    network = Tiny()
+    found = [features.get_features(network, tiny_images(), SETTINGS, kind(tmp_path, network))[:]
+             for kind in kinds]
+    assert torch.equal(*found)
     assert network.passes == 3
 
 
 def test_batches_are_written_as_they_come(tmp_path):
     """The file grows while the features are computed, under a name of its own until it is whole."""
-    network, images, sizes = Tiny(), tiny_images(9000), []
+    network, sizes = Tiny(), []
 
     def look(module, inputs):
-        files = [p for p in tmp_path.rglob("*") if p.is_file()]
         assert not list(tmp_path.rglob("npz-*"))
-        sizes.append(sum(p.stat().st_size for p in files))
+        sizes.append(sum(path.stat().st_size for path in files_in(tmp_path)))
 
     network.register_forward_pre_hook(look)
-    features.take(network, images, cache=features.Store(tmp_path, network),
-                  **SETTINGS | {"batch_size": 3000})
+    store_features(tmp_path, tiny_images(9000), network, batch_size=3000)
     assert sizes[0] == 0
     assert 60_000 - 8192 <= sizes[1] < sizes[2] <= 120_128
 
 
 def test_a_full_disk_ends_the_store_with_one_line_and_leaves_no_file(tmp_path):
-    network = Tiny()
-    store = features.Store(tmp_path, network)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(utils.RunError, match=r"--feature-store: .*npy cannot be written"):
-            features.take(network, tiny_images(500), cache=store, **SETTINGS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    with (full_disk(),
+          pytest.raises(utils.RunError, match=r"^--feature-store: .*npy cannot be written")):
+        store_features(tmp_path, tiny_images(500))
+    assert not files_in(tmp_path)
 
 
 def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_computed(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(utils.UserError, match=r"--feature-store .*file/store cannot be written to"):
-        features.Store(tmp_path / "file/store", Tiny())
+        FeatureStore(tmp_path / "file/store", Tiny())
 
 
 def test_images_that_cannot_be_read_are_no_fault_of_the_store(tmp_path, monkeypatch):
-    def fail(self):
-        raise OSError("the images are gone")
-
-    monkeypatch.setattr(data.Noise, "draw", fail)
-    images = data.ImageSet("blobs", data.Noise("blobs", 8, 0), torch.zeros(10_000).long())
-    network = Tiny()
-    with pytest.raises(utils.RunError, match=r"^the images are gone$"):
-        features.take(network, images, cache=features.Store(tmp_path, network), size=8,
-                      batch_size=100)
+    images = unreadable_images(monkeypatch)
+    for get in (lambda: features.extract(Tiny(), images, SETTINGS),
+                lambda: store_features(tmp_path, images)):
+        with pytest.raises(utils.UserError, match=r"^cannot decode the image 7.png$"):
+            get()
+    assert not files_in(tmp_path)
 
 
 def test_a_file_that_is_cut_while_it_is_read_ends_with_its_name(tmp_path):
-    network = Tiny()
-    found = features.take(network, tiny_images(), cache=features.Store(tmp_path, network),
-                          **SETTINGS)
+    found = store_features(tmp_path)
     with open(found.path, "r+b") as file:
         file.truncate(128 + 4 * 5 * 6)
-    assert found[:6].shape == (6, 5)
-    with pytest.raises(OSError, match="npy ends before its row 10"):
-        found[:]
+    with pytest.raises(OSError, match=r"npz-.*npy cannot be read"):
+        found[:6]

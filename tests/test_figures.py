@@ -5,21 +5,22 @@ what its lines and labels say can be asserted.
 """
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
-import figures
-import utils
+from report import figures
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """Function (a function of figures, *content) -> the figure that it saved, once it is a PNG."""
-    kept = []
-    save = figures._save
+    kept, save = [], figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure) or
                         save(figure, path))
 
@@ -72,9 +73,10 @@ def test_the_warm_up_is_shaded_and_has_no_monitor(drawn):
     records = [epoch(-2, monitor=None), epoch(-1, monitor=None), epoch(0)]
     loss, monitor, _ = drawn(figures.training_curves, records).axes
     assert [x for x, _ in points(loss)] == [-1, 0, 1]
-    assert [x for x, _ in points(monitor)] == [1]
+    assert [x for x, y in points(monitor) if y == y] == [1]  # a nan is not drawn
     assert loss.get_xlabel() == "epoch (shaded: warm-up)"
-    assert drawn(figures.training_curves, records[:2]).axes[1].get_lines() == []
+    (nothing,) = drawn(figures.training_curves, records[:2]).axes[1].get_lines()
+    assert np.isnan(nothing.get_ydata()).all()
 
 
 def test_what_was_done_again_after_a_stop_replaces_what_was_recorded_before(drawn):
@@ -83,10 +85,10 @@ def test_what_was_done_again_after_a_stop_replaces_what_was_recorded_before(draw
     loss = drawn(figures.training_curves, records).axes[0]
     assert points(loss) == [(1, 9), (2, 8), (3, 5)]  # epoch 4 is not there yet, again
     assert loss.get_lines()[1].get_xdata()[0] == 2.5
-    assert loss.get_xlabel() == "epoch (dotted: taken up again)"
+    assert loss.get_xlabel() == "epoch (dotted: resumed)"
 
 
-def test_a_run_taken_up_where_it_stopped_is_one_curve_with_a_mark(drawn):
+def test_a_run_resumed_where_it_stopped_is_one_curve_with_a_mark(drawn):
     records = [{"event": "start"}, epoch(0), {"event": "resume"}, epoch(1), epoch(2)]
     loss = drawn(figures.training_curves, records).axes[0]
     assert [x for x, _ in points(loss)] == [1, 2, 3]
@@ -115,12 +117,11 @@ def test_every_histogram_adds_up_to_all_images_of_its_set_the_far_ones_included(
     title, inside, scores = panel()
     scores["svhn"][0], scores["svhn"][1] = 1e9, 1e-9
     (axis,) = drawn(figures.score_histograms, [(title, inside, scores)]).axes
-    shapes = [p.get_path().vertices[:, 1] for p in axis.patches]
     assert labels(axis) == ["cifar10", "svhn", "texture", "95 % of cifar10"]
-    for shape in shapes:
-        heights = shape[1:122:2]  # a bin is two vertices wide
-        assert sum(heights[:60]) == pytest.approx(100)
-    (limit,) = axis.get_lines()
+    (inside,), (*outside, limit) = axis.patches, axis.get_lines()
+    for heights in (inside.get_data().values, *(line.get_ydata() for line in outside)):
+        assert sum(heights) == pytest.approx(100)
+    assert len(outside) == 2
     assert limit.get_xdata()[0] == np.percentile(scores["cifar10"], 95)
 
 
@@ -160,7 +161,7 @@ def test_the_area_under_the_steps_of_a_precision_recall_curve_is_the_aupr_of_its
 def test_sets_of_any_name_number_and_score_can_be_drawn(function, drawn):
     everything = panel(ODD_NAMES)
     equal = ("a, 2 clusters", "a", {"a": np.zeros(3), "b": np.zeros(1)})
-    axes = drawn(function, [everything, equal, panel(), panel()]).axes
+    axes = drawn(function, [everything, equal, panel(), panel()]).axes  # in two rows
     assert len(axes) == 4
     shown = " ".join(labels(axes[0]))
     assert "folder:??" in shown
@@ -170,9 +171,10 @@ def test_sets_of_any_name_number_and_score_can_be_drawn(function, drawn):
 
 
 def test_neighbouring_lines_differ_in_colour_and_all_lines_in_colour_or_style():
-    styles = [tuple(figures._line(i).items()) for i in range(28)]
-    assert len(set(styles)) == 28
-    assert len({style[0] for style in styles[:7]}) == 7
+    _, (axis,) = figures._new(1)
+    lines = [axis.plot([0, 1])[0] for _ in range(28)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 28
+    assert len({line.get_color() for line in lines[:7]}) == 7
 
 
 # --- the spectrum ---------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_tick_labels_of_a_sweep_never_run_into_each_other():
 
 
 def test_curves_are_told_apart_by_what_differs_and_repeats_count_once():
-    records = [record(clusters=1, time="a"), record(clusters=1, time="b"),
+    records = [record(clusters=1, time="a", seconds=1), record(clusters=1, time="b", seconds=2),
                record(clusters=2, auroc=0.6), record("blobs", auroc=0.9),
                record(clusters=1, auroc=0.7, seed=1)]
     assert figures.curves_of(records, "clusters") == {
@@ -254,88 +256,65 @@ def test_curves_are_told_apart_by_what_differs_and_repeats_count_once():
 # --- the commands ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Function (*arguments) -> (exit status, stdout, stderr) of figures.py."""
-
-    def run_here(*arguments):
-        monkeypatch.setattr("sys.argv", ["figures.py", *map(str, arguments)])
-        status = 0
-        try:
-            utils.program(figures.main)
-        except SystemExit as end:
-            status = end.code
-        return (status, *capsys.readouterr())
-
-    return run_here
-
-
 def write(path, records):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
 
 
-def test_figures_draws_a_run_folder_and_says_where(command, tmp_path):
+def test_figures_draws_a_run_folder_and_says_where(tmp_path):
     write(tmp_path / "run/log.jsonl", [{"event": "start"}, epoch(0), epoch(1)])
-    done = command("figures.py", "run", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "run/training.png\n", "")
-    assert is_picture(tmp_path / "run/training.png")
+    done = subprocess.run([sys.executable, "-m", "report.figures", tmp_path / "run"], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    path = tmp_path / "run/training.png"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}\n", "")
+    assert is_picture(path)
 
 
-def test_figures_draws_a_sweep_of_k_from_several_files(run, tmp_path):
-    files = [write(tmp_path / f"{k}.jsonl", [record(k=k, auroc=k / 10)]) for k in (1, 5)]
-    status, out, err = run("sweep", *files)
-    assert (status, out, err) == (0, f"{tmp_path}/1_sweep.png\n", "")
+def test_figures_draws_a_sweep_of_k_from_several_files(call, tmp_path):
+    for k in (1, 5):
+        write(tmp_path / f"{k}.jsonl", [record(k=k, auroc=k / 10)])
+    done = call("report/figures.py", "sweep", "1.jsonl", "5.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1_sweep.png\n", "")
     assert is_picture(tmp_path / "1_sweep.png")
 
 
-@pytest.mark.parametrize("name", ["sweep", "folder"])
-def test_bad_calls_say_how_to_call(name, run):
-    status, _, err = run(*(["sweep"] if name == "sweep" else ["a", "b"]))
-    assert status == 2
-    assert err.startswith("figures.py: error: usage: python figures.py RUN_FOLDER")
-    assert "sweep RESULTS.jsonl" in err
-    assert run("--help") == (0, figures.USAGE + "\n", "")
+def test_bad_calls_say_how_to_call(call, tmp_path):
+    for words in (["sweep"], ["a", "b"]):
+        done = call("report/figures.py", *words, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"figures.py: error: {figures.USAGE}\n"
+    done = call("report/figures.py", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{figures.USAGE}\n")
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [("", "holds no finished epoch"),
-     ('{"event": "start"}\n{"event"', "log.jsonl, line 2 is not JSON"),
-     ("[1]\n", "line 1: an object is needed, found [1]"),
-     ('{"event": "epoch", "epoch": 0, "loss": "x"}\n', "loss = 'x'"),
-     (None, "log.jsonl: No such file")],
-    ids=["empty", "cut short", "no object", "no number", "missing"],
+    ("words", "content", "message"),
+    [("run", "", "holds no finished epoch"),
+     ("run", '{"event": "start"}\n{"event"', "log.jsonl, line 2 is no record to plot: "),
+     ("run", "[1]\n", "line 1 is no record to plot: expected an object, found [1]"),
+     ("run", '{"event": "epoch", "epoch": 0, "loss": "x"}\n', "loss = 'x'"),
+     ("run", None, "log.jsonl: No such file"),
+     ("sweep run/log.jsonl", "", "found none"),
+     ("sweep run/log.jsonl", "".join(json.dumps(record(k=k)) + "\n" for k in (None, 1)),
+      "found both"),
+     ("sweep run/log.jsonl", '{"in": "a"}', "ood = None")],
+    ids=["empty", "cut", "no object", "no number", "missing", "none", "both kinds", "foreign"],
 )
-def test_a_log_that_cannot_be_drawn_is_refused_by_name(content, words, run, tmp_path):
+def test_what_cannot_be_drawn_is_refused_by_name(words, content, message, call, tmp_path):
+    (tmp_path / "run").mkdir()
     if content is not None:
-        (tmp_path / "log.jsonl").write_text(content)
-    status, out, err = run(tmp_path)
-    assert (status, out) == (2, "")
-    assert str(tmp_path) in err
-    assert words in err
-    assert err.count("\n") == 1
-    assert not (tmp_path / "training.png").exists()
+        (tmp_path / "run/log.jsonl").write_text(content)
+    done = call("report/figures.py", *words.split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "run/" in line
+    assert message in line
+    assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize(
-    ("records", "words"),
-    [([], "no records to draw"),
-     ([record(), record(k=1)], "records with and without known outliers"),
-     ([{"in": "a"}], "ood = None")],
-    ids=["none", "both kinds", "foreign"],
-)
-def test_records_that_make_no_sweep_are_refused(records, words, run, tmp_path):
-    status, out, err = run("sweep", write(tmp_path / "r.jsonl", records))
-    assert (status, out) == (2, "")
-    assert "r.jsonl" in err
-    assert words in err
-    assert err.count("\n") == 1
-
-
-def test_plot_draws_every_figure_of_an_evaluation(command, tmp_path, trained, other_npz):
-    done = command("eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--clusters", 1,
+def test_plot_draws_every_figure_of_an_evaluation(call, tmp_path, trained, other_npz):
+    done = call("eval_ssd.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--clusters", 1,
                    3, "--plot", "--exp-name", "e", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (tmp_path / "eval_results").glob("*.png")}
@@ -347,8 +326,8 @@ def test_plot_draws_every_figure_of_an_evaluation(command, tmp_path, trained, ot
         assert f"eval_results/{name}" in done.stdout.splitlines()[-1].split()
 
 
-def test_plot_of_ssdk_has_a_sheet_of_each_outlier_set(command, tmp_path, trained, other_npz):
-    done = command("eval_ssdk.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--plot",
+def test_plot_of_ssdk_has_a_sheet_of_each_outlier_set(call, tmp_path, trained, other_npz):
+    done = call("eval_ssdk.py", "--ckpt", trained, "--ood", f"npz:{other_npz}", "--plot",
                    "--copies", 1, "--exp-name", "e", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (tmp_path / "eval_results").glob("*.png")}

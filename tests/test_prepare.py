@@ -1,7 +1,4 @@
-"""prepare.py: outlier sets made from a user's own images; and MNIST, which OpenOOD has beside them.
-
-    pytest tests/test_prepare.py
-"""
+"""Outlier sets made from a user's own images; and MNIST, which OpenOOD has beside them."""
 
 import struct
 
@@ -12,26 +9,27 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-import prepare
+from infra import prepare
 from utils import UserError
 
 
-@pytest.fixture
-def photos(tmp_path):
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
     """Folder of seven photos of 300 x 280 to 300 x 400 pixels, two of them deeper."""
+    home = tmp_path_factory.mktemp("home")
     rng = np.random.default_rng(0)
     for i in range(7):
-        path = tmp_path / "photos" / ("deep" if i > 4 else ".") / f"{i}.png"
+        path = home / "photos" / ("deep" if i > 4 else ".") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (280 + 20 * i, 300, 3)
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
-    return tmp_path / "photos"
+    return home / "photos"
 
 
 def test_fix_images_are_torchvisions_resize_crop_and_antialiased_resize(
-    command, photos, tmp_path
+    call, photos, tmp_path
 ):
-    done = command("prepare.py", "fix", photos, "out.npz", "--images", 7, cwd=tmp_path)
+    done = call("infra/prepare.py", "fix", photos, "out.npz", "--images", 7, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "out.npz") as file:
         assert file.files == ["test_images"]
@@ -53,9 +51,10 @@ def test_the_draw_is_a_function_of_the_seed(photos):
     assert all(len(set(files)) == 4 and files == sorted(files) for files in drawn)
 
 
-def test_a_list_of_openood_gives_its_images_in_its_order(command, photos, tmp_path):
+def test_a_list_of_openood_gives_its_images_in_its_order(call, photos, tmp_path):
     (tmp_path / "list.txt").write_text("photos/3.png 7\nphotos/deep/5.png -1\n")
-    done = command("prepare.py", "list", "list.txt", "out.npz", cwd=tmp_path)
+    done = call("infra/prepare.py", "list", "list.txt", "out.npz", "--root", photos.parent,
+                cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "out.npz") as file:
         images = file["test_images"]
@@ -76,10 +75,11 @@ def test_a_list_of_openood_gives_its_images_in_its_order(command, photos, tmp_pa
          ["1 of the 1 images", "--root photos", "photos/photos/3.png"]),
     ],
 )
-def test_wrong_input_is_one_line_and_writes_nothing(command, photos, tmp_path, arguments, words):
+def test_wrong_input_is_one_line_and_writes_nothing(call, photos, tmp_path, arguments, words):
+    (tmp_path / "photos").symlink_to(photos)
     (tmp_path / "list.txt").write_text("photos/3.png 7\n")
     (tmp_path / "empty.txt").write_text("\n")
-    done = command("prepare.py", *arguments, cwd=tmp_path)
+    done = call("infra/prepare.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert all(word in line for word in words), line

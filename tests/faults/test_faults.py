@@ -1,4 +1,4 @@
-"""Many faults, each caused for real, and the table of what they cost (about 15 minutes).
+"""Many faults, each caused for real, and the table of what they cost (some 10 minutes).
 
     make test-faults
 
@@ -91,8 +91,8 @@ def resumed_at(home, steps_per_epoch=3, warm=10):
 def test_kills_at_random_moments_cost_no_more_than_the_steps_since_the_last_save(
     mode, unbroken, tmp_path, tiny_npz
 ):
-    """50 kills in all: a process is killed within seconds of its first step."""
-    kills, rng = {"SimCLR": 20, "SupCon": 15, "SupCE": 15}[mode], random.Random(mode)
+    """15 kills in all: a process is killed within seconds of its first step."""
+    kills, rng = 5, random.Random(mode)
     line, lost, reached, home = typed(tiny_npz, mode, "--save-steps", 1), [], None, tmp_path / "0"
     home.mkdir()
     for kill in range(kills):
@@ -101,7 +101,7 @@ def test_kills_at_random_moments_cost_no_more_than_the_steps_since_the_last_save
         before, began = steps_logged(home), time.monotonic()
         # Importing takes longer than all else: wait for a step, not to kill that only
         while steps_logged(home) <= before and process.poll() is None:
-            before = min(before, steps_logged(home))  # taking up a run cuts its log
+            before = min(before, steps_logged(home))  # resuming a run cuts its log
             time.sleep(0.01)
             assert time.monotonic() - began < 240
         if reached is not None:
@@ -124,7 +124,7 @@ def test_kills_at_random_moments_cost_no_more_than_the_steps_since_the_last_save
 @pytest.mark.parametrize("place", ["sync", "rename", "link", "append", "monitor", "step"])
 def test_kills_at_every_stage_of_a_save(place, unbroken, tmp_path, tiny_npz):
     line = typed(tiny_npz, "SupCE", "--save-steps", 2)
-    tries = (1, 2, 3, 5, 8) if place != "monitor" else (1, 2)
+    tries = (1, 4) if place != "monitor" else (1, 2)
     for n in tries:
         killed = run([sys.executable, str(ROOT / "tests/kill_at.py"), place, str(n), *line[1:]],
                      tmp_path)
@@ -145,7 +145,7 @@ def half(tmp_path_factory, tiny_npz):
     return home
 
 
-@pytest.mark.parametrize("percent", range(0, 100, 10))
+@pytest.mark.parametrize("percent", [0, 50, 90])
 def test_a_checkpoint_cut_off_costs_the_steps_since_the_one_before(
     percent, half, unbroken, tmp_path, tiny_npz
 ):
@@ -155,7 +155,7 @@ def test_a_checkpoint_cut_off_costs_the_steps_since_the_one_before(
     os.truncate(newest, newest.stat().st_size * percent // 100)
     last = run(typed(tiny_npz), home)
     assert last.returncode == 0, last.stderr
-    assert "put aside as checkpoint.pth.tar.damaged" in last.stderr
+    assert "set aside as checkpoint.pth.tar.damaged" in last.stderr
     assert_equal(unbroken(), end_of(home))
     record(f"checkpoint cut at {percent} % of its length", 1, steps_logged(half) - resumed_at(home),
            "yes")
@@ -165,7 +165,7 @@ def test_a_checkpoint_cut_off_costs_the_steps_since_the_one_before(
 def test_a_checkpoint_with_flipped_bytes_costs_the_same(half, unbroken, tmp_path, tiny_npz):
     rng = random.Random(0)
     lost = []
-    for n in range(6):
+    for n in range(2):
         home = tmp_path / str(n)
         shutil.copytree(half, home, symlinks=True)
         (newest,) = home.glob("results/temp/1--*/checkpoint/checkpoint.pth.tar")
@@ -214,7 +214,7 @@ def test_a_full_disk_costs_nothing_once_there_is_room(disk, unbroken, tiny_npz):
 
 @pytest.mark.parametrize("disk", ["400m"], indirect=True)
 def test_a_disk_full_to_the_last_byte_ends_no_run(disk, unbroken, tiny_npz):
-    """The logs cannot be written either; their lines come when there is room again."""
+    """Lines of the logs are lost, which the exit status says; the network is not."""
     process = subprocess.Popen(typed(tiny_npz), cwd=disk, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
     while steps_logged(disk) < 7:
@@ -226,10 +226,47 @@ def test_a_disk_full_to_the_last_byte_ends_no_run(disk, unbroken, tiny_npz):
     time.sleep(2)
     filler.unlink()
     err = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, err
-    assert "No space left on device); its lines wait" in err
-    assert_equal(unbroken(), end_of(disk))
-    record("disk full for two seconds", 1, 0, "yes")
+    assert process.returncode == 1, err
+    assert err.count("No space left on device); lines of it are lost") <= 2
+    assert "trained to the end, but lines of" in err.splitlines()[-1]
+    expected, end = unbroken(), end_of(disk)
+    assert_equal(expected["checkpoint"], end["checkpoint"])
+    assert_equal(expected["model_best"], end["model_best"])
+    record("disk full for two seconds", 1, 0, "yes, but for lines of the logs")
+
+
+def test_files_of_limited_size_cost_no_run_and_the_exit_status_tells(unbroken, tmp_path, tiny_npz):
+    """Checkpoints fail as on a full disk, logs do not; nothing half-written is left."""
+    limited = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "-", *typed(tiny_npz)]
+    done = run(limited, tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: error: trained to the end, but ")
+    assert "checkpoint.pth.tar could not be written" in last
+    assert "was not written (File too large)" in done.stderr
+    (folder,) = (tmp_path / "results/temp").glob("1--*")
+    assert not list((folder / "checkpoint").iterdir())
+    assert run(typed(tiny_npz), tmp_path).returncode == 0
+    assert_equal(unbroken(), end_of(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT", "SIGHUP"])
+@pytest.mark.usefixtures("terminal")
+def test_a_signal_saves_the_state_at_the_next_step(name, unbroken, tmp_path, tiny_npz):
+    process = subprocess.Popen(typed(tiny_npz), cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while "Warm-up epoch 1 " not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert f"stopped by {name} after epoch -" in out
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+    last = run(typed(tiny_npz), tmp_path)
+    assert "continued: " in last.stdout
+    assert_equal(unbroken(), end_of(tmp_path))
+    record(f"{name} after the first epoch", 1, 0, "yes")
 
 
 def test_a_clock_set_back_changes_nothing(half, unbroken, tmp_path, tiny_npz):
@@ -246,7 +283,7 @@ def test_a_clock_set_back_changes_nothing(half, unbroken, tmp_path, tiny_npz):
 
 
 def test_two_starts_at_once_never_share_a_run(tmp_path, tiny_npz):
-    tries = 20
+    tries = 4
     line = typed(tiny_npz, "SupCE")
     for n in range(tries):
         home = tmp_path / str(n)
@@ -259,7 +296,7 @@ def test_two_starts_at_once_never_share_a_run(tmp_path, tiny_npz):
         loser = next(p for p in both if p.poll() is not None)
         winner = next(p for p in both if p is not loser)
         assert loser.returncode == 2
-        assert "is being trained by process" in loser.communicate()[1]
+        assert "is being trained by another process" in loser.communicate()[1]
         assert len(list((home / "results/temp").glob("[0-9]*"))) == 1
         assert winner.poll() is None
         winner.send_signal(signal.SIGKILL)

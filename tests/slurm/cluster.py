@@ -12,19 +12,21 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel",
+            "squeue")
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
          "TIMEOUT"}
+REQUEUE_EXIT = 7  # exit status of jobs that Slurm itself requeues, as some sites have it
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")  # stand for GPUs
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 SLURM_CONF = """\
 ClusterName=test
-FirstJobId={first_job}
 SlurmctldHost={lead.name}({lead.address})
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
@@ -61,7 +63,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
-NODE = "NodeName={name} NodeAddr={address} CPUs=64 RealMemory=256000 Gres=gpu:{gpus}\n"
+NODE = "NodeName={name} NodeAddr={address} CPUs=256 RealMemory=256000 Gres=gpu:{gpus}\n"
 
 
 def why_not():
@@ -91,12 +93,10 @@ class Cluster:
 
     Args:
         folder: an empty folder that every user may enter; all is written below it.
-        requeue_exit: exit status of jobs that Slurm itself requeues, as some sites have it.
         hosts: list of Host; commands are run on the first.
-        first_job: the number of the first job.
     """
 
-    def __init__(self, folder, requeue_exit, hosts, first_job=1):
+    def __init__(self, folder, hosts):
         self.folder = Path(folder)
         self._hosts = hosts
         self._daemons = []
@@ -106,13 +106,11 @@ class Cluster:
         } | {"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in ("munge", "state", *(f"spool-{host.name}" for host in hosts)):
             (self.folder / name).mkdir(mode=0o755)
-        self._configure(requeue_exit, first_job)
+        self._configure()
 
-    def _configure(self, requeue_exit, first_job):
-        general = SLURM_CONF.format(
-            lead=self._hosts[0], folder=self.folder, ports=_free_ports(2),
-            requeue_exit=requeue_exit, first_job=first_job,
-        )
+    def _configure(self):
+        general = SLURM_CONF.format(lead=self._hosts[0], folder=self.folder, ports=_free_ports(2),
+                                    requeue_exit=REQUEUE_EXIT)
         nodes = "".join(NODE.format(name=host.name, address=host.address, gpus=len(DEVICES))
                         for host in self._hosts)
         (self.folder / "slurm.conf").write_text(general + nodes)
@@ -171,12 +169,47 @@ class Cluster:
             raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr}")
         return done.stdout
 
+    def submit(self, folder, script, *arguments, options=(), env=None):
+        """Submit a batch script in a folder; return the number of the job."""
+        env = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (
+            env or {})
+        return self.command("sbatch", "--parsable", *options, f"slurm/{script}.sbatch",
+                            *map(str, arguments), cwd=folder, env=env).strip()
+
+    def warn(self, number):
+        """Signal a job as Slurm does before its time limit."""
+        self.command("scancel", "--batch", "--signal=USR1", number)
+
+    def requeue(self, number):
+        """Requeue a job by Slurm itself, as after a preemption."""
+        self.command("scontrol", "requeue", number)
+
+    def cancel(self, number):
+        """Cancel a job."""
+        self.command("scancel", number)
+
+    def log(self, number):
+        """Return the text of a job's log, "" before there is one."""
+        path = Path(self.job(number)["StdOut"])
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_text(self, number, text, times=1):
+        """Wait until a text stands so many times in the log of a job."""
+
+        def found():
+            ended = self.job(number)["JobState"] in ENDED
+            if (enough := self.log(number).count(text) >= times) or not ended:
+                return enough
+            raise RuntimeError(f"job {number} ended without {text!r}: {self.log(number)}")
+
+        self.until(found, 300, f"{text!r} in the log of job {number}")
+
     def job(self, number):
         """Describe a job or one task of an array ("7_1"): Slurm's fields, by their names."""
         text = self.command("scontrol", "show", "job", "--oneliner", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, number, seconds=900):
+    def wait(self, number, seconds=300):
         """Wait for the end of a job; return its fields."""
 
         def ended():

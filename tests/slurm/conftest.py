@@ -1,12 +1,9 @@
-"""Fixtures: a real Slurm for the session, one of two hosts, and a folder to submit jobs in."""
+"""Fixtures: a real Slurm for the session, one of two hosts, and folders to submit jobs in."""
 
 import contextlib
-import functools
 import shutil
-import sys
 import tempfile
 from pathlib import Path
-from types import MappingProxyType
 
 import cluster
 import hosts
@@ -18,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def slurm(request):
     """A running Cluster of one node; its logs are shown at the end if a test failed."""
-    with _running(request, cluster.why_not(), [cluster.this_machine()]) as running:
+    with _running(request, [cluster.this_machine()]) as running:
         yield running
 
 
@@ -33,8 +30,7 @@ def two_hosts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def slurm_of_two(request, two_hosts):
     """A running Cluster of two nodes, alpha and beta."""
-    # Other numbers, since both Slurms write logs in the same folder
-    with _running(request, cluster.why_not(), two_hosts.hosts, first_job=1001) as running:
+    with _running(request, two_hosts.hosts) as running:
         yield running
 
 
@@ -44,11 +40,11 @@ def _skip(reason):
 
 
 @contextlib.contextmanager
-def _running(request, why_not, nodes, **options):
-    _skip(why_not)
+def _running(request, nodes):
+    _skip(cluster.why_not())
     folder = Path(tempfile.mkdtemp(prefix="ssd-slurm-"))  # munged's user can't enter pytest's own
     folder.chmod(0o755)
-    running = cluster.Cluster(folder, 1, nodes, **options)
+    running = cluster.Cluster(folder, nodes)
     try:
         running.start()
         yield running
@@ -60,31 +56,25 @@ def _running(request, why_not, nodes, **options):
         shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """A folder with the programs and the templates, as a user's checkout has them."""
-    folder = tmp_path_factory.mktemp("home")
-    for file in ROOT.glob("*.py"):
+def _checkout(folder, programs):
+    """Copy the batch scripts, and programs with what they import, into a folder."""
+    for name in ("infra", "report", "slurm"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.log"))
+    for file in programs:
         shutil.copy(file, folder)
-    shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("*.log"))
     return folder
 
 
-@pytest.fixture(scope="session")
-def submit(slurm, home):
-    """Function (options of sbatch, template, *arguments, env={}) -> number of the job."""
-    return functools.partial(_submit, slurm, home)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the programs and the batch scripts, as a user's checkout has them."""
+    return _checkout(tmp_path_factory.mktemp("home"), ROOT.glob("*.py"))
 
 
-@pytest.fixture(scope="session")
-def submit_to_two(slurm_of_two, home):
-    """The same on the Slurm of two nodes."""
-    return functools.partial(_submit, slurm_of_two, home)
-
-
-def _submit(slurm, home, options, template, *arguments, env=MappingProxyType({})):
-    env = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
-    return slurm.command(
-        "sbatch", "--parsable", *options, f"slurm/{template}.sbatch", *map(str, arguments),
-        cwd=home, env=env,
-    ).strip()
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """The same folder with stand-ins (stand_in.py) for train.py and an evaluation."""
+    stand_in = Path(__file__).with_name("stand_in.py")
+    folder = _checkout(tmp_path_factory.mktemp("stage"), [ROOT / "utils.py", stand_in])
+    shutil.copy(stand_in, folder / "train.py")
+    return folder

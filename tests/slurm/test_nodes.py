@@ -1,4 +1,4 @@
-"""Training on several nodes: slurm/train_nodes.sbatch, and two hosts that lose each other.
+"""Training on several machines: slurm/train_nodes.sbatch, and two hosts that lose each other.
 
 `make test-slurm` runs them. The hosts are namespaces of this machine (hosts.py).
 """
@@ -6,173 +6,132 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_slurm import CHECKPOINT, ON_CPU, TRAIN, run_folders, wait_for_text
+from test_slurm import CHECKPOINT, ON_CPU, TRAIN, run_folders
 
-TINY = (*TRAIN, "--epochs", 5, "--save-steps", 3)
+TASK_A_NODE = (*ON_CPU, "--ntasks-per-node=1")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 KEEPS_TRYING = 3  # times that a host resends what is not acknowledged; Linux's 15 take 15 minutes
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm, submit, slurm_of_two, submit_to_two, home):
-    """Jobs of two processes each that were broken off: (their Slurm, number, log), by name."""
+def command(tiny_npz):
+    """Function (name of the run) -> arguments of train.py."""
+    return lambda name: [str(word) for word in (
+        "--dataset", f"npz:{tiny_npz}", *TRAIN, "--exp-name", name)]
 
-    def job(cluster, number):
-        return cluster, number, home / f"slurm/logs/train-{number}.log"
 
-    found = {
-        "processes": job(slurm, submit(
-            (*ON_CPU, "--nodes=1", "--hold"), "train_nodes", *TINY, "--exp-name", "processes",
-            env={"PROCESSES": "2"})),
-        "nodes": job(slurm_of_two, submit_to_two(
-            ON_CPU, "train_nodes", *TINY, "--exp-name", "nodes")),
-    }
-    _, number, log = found["nodes"]
-    wait_for_text(slurm_of_two, log, "Epoch 0,", 1)
-    slurm_of_two.command("scancel", "--batch", "--signal=USR1", number)  # as at the time limit
-    _, number, log = found["processes"]
-    with socket.create_server(("", 10000 + int(number) % 20000)):  # the port that it would take
-        slurm.command("scontrol", "release", number)
-        wait_for_text(slurm, log, "Epoch 0,", 1)
-    slurm.command("scontrol", "requeue", number)
-    return found
+def train(home, *words, host=(), **variables):
+    """Start train.py on a host; `variables` go into its environment."""
+    return subprocess.Popen(
+        [*host, sys.executable, *words], cwd=home, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | {name: str(value) for name, value in variables.items()})
 
 
 @pytest.fixture(scope="module")
-def unbroken(jobs, home):
-    """The checkpoint of the same training by two processes without Slurm."""
-    done = train(home, *TINY, "--exp-name", "unbroken_2", PET_NPROC_PER_NODE=2)
-    _, errors = done.communicate(timeout=300)
-    assert done.returncode == 0, errors
-    return torch.load(home / "results/unbroken_2" / CHECKPOINT, weights_only=True)
+def two_processes(home, command):
+    """The same training by two processes without Slurm, which nothing breaks off."""
+    with train(home, *TORCHRUN, "train.py", *command("unbroken")) as process:
+        yield process
 
 
-def train(home, *arguments, host=(), **variables):
-    """Start train.py on a host; `variables` go into its environment."""
-    return subprocess.Popen(
-        [*host, sys.executable, "-u", "train.py", *map(str, arguments)], cwd=home, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        | {k: str(v) for k, v in variables.items()},
-    )
+@pytest.fixture(scope="module")
+def jobs(slurm_of_two, home, command, two_processes):
+    """Numbers of trainings on two nodes that were broken off, by name."""
+    numbers = {name: slurm_of_two.submit(home, "train_nodes", *command(name), options=TASK_A_NODE)
+               for name in ("warned", "killed")}
+    slurm_of_two.wait_for_text(numbers["warned"], "Epoch 0,")
+    slurm_of_two.warn(numbers["warned"])
+    slurm_of_two.wait_for_text(numbers["killed"], "Epoch 0,")
+    os.kill(task(numbers["killed"], "beta"), signal.SIGKILL)
+    return numbers
 
 
-@pytest.mark.parametrize("name", ["processes", "nodes"])
-def test_two_end_with_the_weights_of_an_unbroken_training_although_they_were_stopped_as(
-    name, jobs, home, unbroken
-):
-    cluster, number, log = jobs[name]
-    job = cluster.wait(number)
-    assert job["JobState"] == "COMPLETED", log.read_text()
-    assert int(job["Restarts"]) >= 1
-    assert len(run_folders(home, name)) == 1
-    state = torch.load(home / "results" / name / CHECKPOINT, weights_only=True)
-    assert state["epoch"] == unbroken["epoch"] == 5
-    assert state["progress"]["processes"] == unbroken["progress"]["processes"] == 2
-    for key, value in unbroken["state_dict"].items():
-        assert torch.equal(state["state_dict"][key], value), key
+@pytest.fixture(scope="module")
+def plain_srun(jobs, slurm_of_two, two_hosts, home, command):
+    """srun without a batch script, continuing the training that was killed."""
+    slurm_of_two.wait(jobs["killed"])
+    alpha = (*two_hosts.hosts[0].enter, "srun", "--nodes=2", "--ntasks-per-node=1")
+    with train(home, "train.py", *command("killed"), host=alpha,
+               SLURM_CONF=slurm_of_two.folder / "slurm.conf") as process:
+        yield process
 
 
-def test_the_signal_before_the_time_limit_stops_all_nodes_and_requeues_the_job(jobs):
-    cluster, number, log = jobs["nodes"]
-    cluster.wait(number)
-    text = log.read_text()
-    assert f"train {number}: start 1 on alpha,beta: " in text
-    assert "stopped for the time limit with exit status 75; to be requeued" in text
-    assert "[c10d]" not in text
-
-
-def test_a_node_that_loses_its_launcher_ends_the_job_and_nothing_is_lost(
-    jobs, slurm_of_two, submit_to_two, home
-):
-    arguments = (ON_CPU, "train_nodes", *TINY, "--exp-name", "killed")
-    number = submit_to_two(*arguments)
-    log = home / f"slurm/logs/train-{number}.log"
-    wait_for_text(slurm_of_two, log, "Epoch 0,", 1)
-    os.kill(launcher(number, "beta"), signal.SIGKILL)
-    assert slurm_of_two.wait(number, 150)["JobState"] == "FAILED", log.read_text()
-    assert "Traceback" not in log.read_text()
-    number = submit_to_two(*arguments)
-    assert slurm_of_two.wait(number, 150)["JobState"] == "COMPLETED"
-    log = (home / f"slurm/logs/train-{number}.log").read_text()
-    assert re.search(r"continued: [1-5] of 5 epochs are done", log), log
-    assert len(run_folders(home, "killed")) == 1
-
-
-def launcher(job, node):
-    """Process id of the train.py that Slurm started on a node."""
+def task(job, node):
+    """Process id of the train.py that srun started on a node."""
+    wanted = {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}", "SLURM_STEP_NUM_TASKS=2"}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_text().split("\0")
             variables = (folder / "environ").read_text().split("\0")
         except OSError:  # it ended meanwhile
             continue
-        ours = {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}", "SLURM_PROCID=1"} <= {*variables}
-        if ours and "train.py" in words and not any(v.startswith("RANK=") for v in variables):
+        if wanted <= {*variables} and "train.py" in words:
             return int(folder.name)
-    raise LookupError(f"no launcher of job {job} on {node}")
+    raise LookupError(f"no task of job {job} on {node}")
+
+
+def test_the_signal_before_the_time_limit_stops_all_nodes_and_requeues_the_job(
+    jobs, plain_srun, slurm_of_two
+):
+    job, log = slurm_of_two.wait(jobs["warned"]), slurm_of_two.log(jobs["warned"])
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert f"train {jobs['warned']}: start 1 on alpha,beta with [no checkpoint]: " in log
+    assert "stopped by SIGUSR1 after epoch " in log
+    assert "stopped with exit status 75; to be requeued" in log
+
+
+def test_a_node_that_loses_its_process_ends_the_job(jobs, slurm_of_two):
+    job, log = slurm_of_two.wait(jobs["killed"]), slurm_of_two.log(jobs["killed"])
+    assert job["JobState"] == "FAILED", log
+    assert "srun: error: beta: task 1: Killed" in log
+    assert len(re.findall(r"train\.py: error: .*lost the other processes", log)) == 1
+    assert "Traceback" not in log
+
+
+def test_two_nodes_end_with_the_weights_of_an_unbroken_training(
+    jobs, slurm_of_two, two_processes, plain_srun, home
+):
+    for process in (two_processes, plain_srun):
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+    state, *others = (torch.load(home / "results" / name / "latest_exp" / CHECKPOINT,
+                                 weights_only=True) for name in ("unbroken", "warned", "killed"))
+    for other, log in zip(others, (slurm_of_two.log(jobs["warned"]), out), strict=True):
+        assert re.search(r"continued: [1-3] of 4 epochs are done", log), log
+        assert other["epoch"] == state["epoch"] == 4
+        assert other["progress"]["processes"] == state["progress"]["processes"] == 2
+        torch.testing.assert_close(other["state_dict"], state["state_dict"], rtol=0, atol=0)
+    assert all(len(run_folders(home, name)) == 1 for name in ("warned", "killed"))
 
 
 # --- without Slurm --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def start(two_hosts, home):
-    """Function (host, exp_name, patience) -> train.py started there, one of two that meet."""
-    started = []
-
-    def run(host, name, patience=60):
-        started.append(train(
-            home, *TINY, "--exp-name", name, host=host.enter, PET_NNODES=2, PET_NPROC_PER_NODE=1,
-            PET_RDZV_ENDPOINT="alpha:29400", PET_RDZV_ID=name, PET_LOCAL_ADDR=host.name,
-            PET_RDZV_CONF=f"join_timeout={patience},read_timeout={patience}",
-        ))
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize(("present", "message"), [
-    (0, "train.py: error: not all of the 2 nodes came to alpha:29400 in time; stopped\n"),
-    (1, "train.py: error: no meeting of the nodes at alpha:29400: "),
-])
-def test_a_missing_host_is_one_line(present, message, start, two_hosts):
-    process = start(two_hosts.hosts[present], "missing", patience=5)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert errors.startswith(message)
-    assert errors.count("\n") == 1
-
-
-def test_hosts_that_lose_each_other_say_so_and_the_same_command_continues(
-    start, two_hosts, home
-):
-    for host in two_hosts.hosts:
+def test_hosts_that_lose_each_other_say_so_in_one_line_each(two_hosts, home, command):
+    both = []
+    for rank, host in enumerate(two_hosts.hosts):
         two_hosts.keep_trying(host, KEEPS_TRYING)
-    both = [start(host, "cable") for host in two_hosts.hosts]
-    checkpoint = home / "results/cable" / CHECKPOINT
-    end = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    two_hosts.plug(two_hosts.hosts[1], "down")
-    for process in both:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 1
-        assert re.fullmatch(r"train\.py: error: .*\n", errors)
-    two_hosts.plug(two_hosts.hosts[1])
-    outputs = [process.communicate(timeout=120) for process in
-               [start(host, "cable") for host in two_hosts.hosts]]
-    assert re.search(r"continued: [0-5] of 5 epochs are done, and \d of 7 steps", outputs[0][0])
-    assert "done: results/cable/" in outputs[0][0]
-    assert len(run_folders(home, "cable")) == 1
+        both.append(train(home, "-u", "train.py", *command("cable"), host=host.enter, RANK=rank,
+                          WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="alpha", MASTER_PORT=29400))
+    try:
+        for line in both[0].stdout:
+            if line.startswith("Epoch 0,"):
+                break
+        two_hosts.plug(two_hosts.hosts[1], "down")
+        for process in both:
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 1
+            assert len(re.findall(r"train\.py: error: .*lost the other processes", errors)) == 1
+    finally:
+        two_hosts.plug(two_hosts.hosts[1])
+        for process in both:
+            process.kill()
+            process.communicate()

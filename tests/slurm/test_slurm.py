@@ -1,230 +1,285 @@
-"""The Slurm templates: on a real Slurm of one node, and what they make of their arguments.
+"""The batch scripts on a real Slurm of one node, and what they make of their arguments.
 
-`make test-slurm` runs them. Where no Slurm can be started the tests that need it are skipped.
+`make test-slurm` runs them. Where no Slurm can be started the tests that need it are skipped. Some
+jobs are of the real programs, most of a stand-in (stand_in.py); all of them are at work together.
 """
 
+import functools
+import hashlib
 import json
 import shutil
+import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 ON_CPU = ("--gres=none",)  # where an interrupted and an unbroken run are equal bit for bit
-TRAIN = ("--dataset", "digits", "--in-classes", "0-5", "--arch", "resnet18", "--size", 8,
-         "--batch-size", 128, "--lr", 0.1)
-LONG = (*TRAIN, "--epochs", 24, "--save-steps", 3)
-SHORT = (*TRAIN, "--epochs", 2)
-CHECKPOINT = "latest_exp/checkpoint/checkpoint.pth.tar"
-SCRIPTS = {
-    "status.py": "import sys; sys.exit(int(sys.argv[2]))",
-    "sleep.py": "import time; print('asleep', flush=True); time.sleep(600)",
-    "device.py": "import os\n"
-                 "print(*(os.environ[k] for k in ('CUDA_VISIBLE_DEVICES', 'SLURM_JOB_GPUS')))",
+TWO_TASKS = ("--gres=none", "--nodes=1", "--ntasks-per-node=2")
+TRAIN = ("--in-classes", "0-2", "--arch", "resnet18", "--size", 8, "--batch-size", 8, "--lr", 0.05,
+         "--epochs", 4)
+CHECKPOINT = "checkpoint/checkpoint.pth.tar"
+
+# How a program runs: batch script, options, arguments of the stand-in, its processes, and the
+# signal and exit status with which it ends where Slurm warns of the time limit.
+WAYS = {
+    "one process": ("train", ON_CPU, (), 1, "SIGTERM", 75),
+    "torchrun": ("train", ON_CPU, ("--processes", 2), 2, "SIGTERM", 1),
+    "srun": ("train_nodes", TWO_TASKS, (), 2, "SIGUSR1", 75),
 }
 
 
 @pytest.fixture(scope="module")
-def scripts(home):
-    """Programs that end at once or never, beside the real ones."""
-    for name, text in SCRIPTS.items():
-        (home / name).write_text(text)
-
-
-@pytest.fixture(scope="module")
-def jobs(slurm, submit, home, scripts):
+def jobs(slurm, home, stage, tiny_npz):
     """All jobs that take their time, at work beside each other: their numbers, by name."""
-    for seed in (1, 2):
-        (home / f"seed_{seed}.yaml").write_text(f"exp-name: shared\nseed: {seed}\n")
     numbers = {
-        "requeued": submit(ON_CPU, "train", *LONG, "--exp-name", "requeued"),
-        "limited": submit(ON_CPU, "train", *LONG, "--exp-name", "limited"),
-        "seeds": submit((*ON_CPU, "--array=0-1"), "train", 1, 2, *SHORT, "--seed", "{}",
-                        "--exp-name", "seed-{}"),
-        "recipes": submit((*ON_CPU, "--array=0-1"), "train", "seed_1.yaml", "seed_2.yaml",
-                          *SHORT, "--config", "{}"),
-        # Its weights overflow in the first epoch: exit status 1, which this Slurm requeues itself
-        "dying": submit(ON_CPU, "train", *TRAIN, "--epochs", 1, "--lr", "1e30", "--exp-name",
-                        "dying", env={"RESTARTS": "2"}),
-        "stuck": submit((*ON_CPU, "--time=1", "--signal=B:USR1@60"), "eval", "sleep.py",
-                        env={"RESTARTS": "1"}),
+        # Slurm knows no time limit below a minute, of which this warns as early as it can.
+        "limited": slurm.submit(stage, "eval", "stand_in.py", "--deaf", env={"RESTARTS": "0"},
+                                options=(*ON_CPU, "--time=1", "--signal=B:USR1@60")),
+        "dying": slurm.submit(stage, "train", "--end", 7, options=ON_CPU, env={"RESTARTS": "1"}),
+        "finished": slurm.submit(stage, "train", "--stopped", 0, options=ON_CPU),
+        "cancelled while saving": slurm.submit(stage, "train", "--saving", 4, options=ON_CPU),
+        "preempted": slurm.submit(stage, "train_nodes", options=TWO_TASKS),
+        "array": slurm.submit(stage, "eval", "stand_in.py", "a", "b", "--word", "{}",
+                              options=(*ON_CPU, "--array=0-1")),
+        "whole": slurm.submit(
+            home, "train", 1, 2, "--dataset", f"npz:{tiny_npz}", *TRAIN, "--seed", "{}",
+            "--exp-name", "whole-{}", options=(*ON_CPU, "--array=0-1")),
     }
-    numbers["evaluated"] = submit(
-        (*ON_CPU, "--array=0-1", f"--dependency=aftercorr:{numbers['seeds']}"), "eval",
-        "eval_ssd.py", 1, 2, "--ckpt", f"results/seed-{{}}/{CHECKPOINT}", "--exp-name", "seed-{}",
-        "--ood", "rest",
-    )
-    logs = {name: home / f"slurm/logs/train-{numbers[name]}.log" for name in numbers}
-    wait_for_text(slurm, logs["requeued"], "Epoch 1,", 1)
-    slurm.command("scontrol", "requeue", numbers["requeued"])
-    wait_for_text(slurm, logs["limited"], "Epoch 1,", 1)
-    run_into_time_limit(slurm, numbers["limited"])
+    for seed in (1, 2):
+        (home / f"seed_{seed}.yaml").write_text(f"exp-name: broken\nseed: {seed}\n")
+    numbers["broken"] = slurm.submit(
+        home, "train", "seed_1.yaml", "seed_2.yaml", "--dataset", f"npz:{tiny_npz}", *TRAIN,
+        "--config", "{}", options=(*ON_CPU, "--array=0-1"))
+    numbers["evaluated"] = slurm.submit(
+        home, "eval", "eval_ssd.py", 1, 2, "--ckpt", f"results/whole-{{}}/latest_exp/{CHECKPOINT}",
+        "--exp-name", "whole-{}", "--ood", "rest",
+        options=(*ON_CPU, "--array=0-1", f"--dependency=aftercorr:{numbers['whole']}"))
+    for way, (script, options, arguments, *_) in WAYS.items():
+        for what in ("warned", "requeued", "cancelled"):
+            # They are not given up after a restart, since it has found a checkpoint.
+            numbers[what, way] = slurm.submit(stage, script, *arguments, "--saving", 2,
+                                              options=options, env={"RESTARTS": "0"})
+
+    def interrupt(name, *ways, processes=1, task=""):
+        number = f"{numbers[name]}{task}"
+        slurm.wait_for_text(number, "is at work", processes)
+        for way in ways:
+            way(number)
+
+    for way, (*_, processes, _, _) in WAYS.items():
+        interrupt(("warned", way), slurm.warn, processes=processes)
+        interrupt(("requeued", way), slurm.requeue, processes=processes)
+        interrupt(("cancelled", way), slurm.cancel, processes=processes)
+    interrupt("preempted", functools.partial(slurm.command, "scancel", "--signal=TERM"),
+              processes=2)
+    interrupt("finished", slurm.warn)
+    interrupt("cancelled while saving", slurm.warn, slurm.cancel)
+    interrupt("array", task="_0")
+    interrupt("array", slurm.warn, task="_1")
+    slurm.wait_for_text(f"{numbers['broken']}_0", "Epoch 0,")
+    slurm.requeue(f"{numbers['broken']}_0")
+    slurm.wait_for_text(f"{numbers['broken']}_1", "Epoch 0,")
+    slurm.warn(f"{numbers['broken']}_1")
     return numbers
 
 
-def run_into_time_limit(slurm, number):
-    """Leave a running job 1 to 2 minutes until Slurm, which looks every 30 s, has warned it."""
-    hours, minutes, _ = map(int, slurm.job(number)["RunTime"].split(":"))
-    limit = 60 * hours + minutes + 2
-    slurm.command("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
-    slurm.until(lambda: slurm.job(number)["Restarts"] != "0", 200, "the time limit")
-    slurm.command("scontrol", "update", f"JobId={number}", "TimeLimit=600")
+# --- jobs that are interrupted --------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def unbroken(jobs, home):
-    """The checkpoint of the same training without Slurm."""
-    done = subprocess.run(
-        [sys.executable, "train.py", *map(str, LONG), "--exp-name", "unbroken"], cwd=home,
-        env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(home / "results/unbroken" / CHECKPOINT, weights_only=True)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_job_near_its_time_limit_is_saved_and_requeues_itself(way, slurm, jobs):
+    *_, processes, by, status = WAYS[way]
+    number = jobs["warned", way]
+    job, log = slurm.wait(number), slurm.log(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count(f"saved at {by}") == processes
+    assert f"stopped with exit status {status}; to be requeued" in log
+    assert f"train {number}: start 2 on " in log  # one log for all starts
 
 
-@pytest.mark.parametrize("name", ["requeued", "limited"])
-def test_a_training_ends_with_the_weights_of_an_unbroken_one_although_it_was(
-    name, slurm, jobs, home, unbroken
+@pytest.mark.parametrize("way", WAYS)
+def test_a_job_that_slurm_requeues_is_saved_first(way, slurm, jobs):
+    job, log = slurm.wait(jobs["requeued", way]), slurm.log(jobs["requeued", way])
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("saved at SIGTERM") == WAYS[way][3]
+    assert "to be requeued" not in log
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cancelled_job_is_saved_and_stays_cancelled(way, slurm, jobs):
+    job, log = slurm.wait(jobs["cancelled", way]), slurm.log(jobs["cancelled", way])
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), log
+    assert log.count("saved at SIGTERM") == WAYS[way][3]
+
+
+def test_tasks_that_are_stopped_for_a_preemption_with_a_grace_time_have_the_job_requeued(
+    slurm, jobs
 ):
-    job = slurm.wait(jobs[name])
-    log = (home / f"slurm/logs/train-{jobs[name]}.log").read_text()
-    assert job["JobState"] == "COMPLETED", log
-    assert int(job["Restarts"]) >= 1
-    assert f"train {jobs[name]}: start {int(job['Restarts']) + 1} on " in log  # one log for all
-    assert len(run_folders(home, name)) == 1
-    state = torch.load(home / "results" / name / CHECKPOINT, weights_only=True)
-    assert state["epoch"] == unbroken["epoch"] == 24
-    for key, value in unbroken["state_dict"].items():
-        assert torch.equal(state["state_dict"][key], value), key
-    for number, values in unbroken["optimizer"]["state"].items():
-        momentum = state["optimizer"]["state"][number]["momentum_buffer"]
-        assert torch.equal(momentum, values["momentum_buffer"]), number
+    job, log = slurm.wait(jobs["preempted"]), slurm.log(jobs["preempted"])
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("saved at SIGTERM") == 2
 
 
-def test_a_time_limit_requeues_the_job_by_the_job_itself(slurm, jobs, home):
-    slurm.wait(jobs["limited"])
-    log = (home / f"slurm/logs/train-{jobs['limited']}.log").read_text()
-    assert "stopped for the time limit with exit status 75; to be requeued" in log
+def test_a_job_that_is_cancelled_while_it_saves_for_the_time_limit_stays_so(slurm, jobs):
+    number = jobs["cancelled while saving"]
+    job, log = slurm.wait(number), slurm.log(number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), log
+    assert "saved at SIGTERM" in log
+
+
+def test_a_job_that_finishes_within_its_time_limit_is_not_requeued(slurm, jobs):
+    job, log = slurm.wait(jobs["finished"]), slurm.log(jobs["finished"])
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), log
+
+
+def test_the_last_task_of_an_array_requeues_itself_and_not_the_others(slurm, jobs):
+    last = f"{jobs['array']}_1"
+    job, log = slurm.wait(last), slurm.log(last)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert f"eval {last}: start 2 on " in log
+    assert "-u stand_in.py --word b" in log
+    first = slurm.job(f"{jobs['array']}_0")
+    assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
+
+
+def test_slurms_warning_requeues_and_no_progress_within_the_limit_is_given_up(slurm, jobs):
+    number = jobs["limited"]
+    job, log = slurm.wait(number), slurm.log(number)
+    assert log.count("is at work") == 1, log
+    assert "stopped with exit status 143; to be requeued" in log
     assert "DUE TO TIME LIMIT" not in log  # Slurm itself never ended it
-
-
-def test_a_job_that_dies_at_once_each_time_is_given_up_after_so_many_restarts(slurm, jobs, home):
-    job = slurm.wait(jobs["dying"])
-    log = (home / f"slurm/logs/train-{jobs['dying']}.log").read_text()
-    assert log.count("start ") == 3, log
-    assert f"train {jobs['dying']}: error: gave up after 2 restarts without progress" in log
-    assert job["JobState"] == "CANCELLED"
-    assert not list((home / "slurm/logs").glob(f"*-{jobs['dying']}.restarts"))
-
-
-def test_a_job_that_gets_nowhere_within_its_time_limit_is_given_up(slurm, jobs, home):
-    job = slurm.wait(jobs["stuck"])
-    log = (home / f"slurm/logs/eval-{jobs['stuck']}.log").read_text()
-    assert log.count("asleep") == 2, log
-    assert log.count("stopped for the time limit with exit status 138; to be requeued") == 1
-    assert f"eval {jobs['stuck']}: error: gave up after 1 restarts without progress" in log
+    assert f"eval {number}: error: gave up after 0 restarts without progress" in log
     assert job["JobState"] == "CANCELLED"
 
 
-def test_tasks_of_an_array_with_one_name_never_share_a_run_folder(slurm, jobs, home):
+def test_a_job_that_dies_each_time_is_given_up_though_slurm_requeues_it(slurm, jobs):
+    number = jobs["dying"]
+    job, log = slurm.wait(number), slurm.log(number)
+    assert log.count("start ") == 2, log
+    assert f"train {number}: error: gave up after 1 restarts without progress" in log
+    assert job["JobState"] == "CANCELLED"
+
+
+# --- the real programs ----------------------------------------------------------------------------
+
+
+def run_folders(home, name):
+    """{seed: folder} of the runs of a name."""
+    found = [(json.loads(path.read_text())["config"]["seed"], path.parent)
+             for path in (home / "results" / name).glob("*--*/config.json")]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_trainings_end_with_the_weights_of_unbroken_ones_although_they_were_broken_off(
+    slurm, jobs, home
+):
     for task in (0, 1):
-        job = slurm.wait(f"{jobs['recipes']}_{task}")
-        assert job["JobState"] == "COMPLETED", job
-    folders = run_folders(home, "shared")
-    assert sorted(f.name.partition("--")[0] for f in folders) == ["1", "2"]
-    assert sorted(seed_of(f) for f in folders) == [1, 2]
+        for name in ("whole", "broken"):
+            number = f"{jobs[name]}_{task}"
+            job = slurm.wait(number)
+            assert job["JobState"] == "COMPLETED", slurm.log(number)
+            assert job["Restarts"] == str(int(name == "broken"))
+        assert "continued: " in slurm.log(f"{jobs['broken']}_{task}")
+    broken = run_folders(home, "broken")  # one name, but never one folder
+    assert broken.keys() == {1, 2}
+    for seed, folder in broken.items():
+        states = [torch.load(path / CHECKPOINT, weights_only=True)
+                  for path in (folder, home / f"results/whole-{seed}/latest_exp")]
+        assert [state["epoch"] for state in states] == [4, 4]
+        torch.testing.assert_close(states[0]["state_dict"], states[1]["state_dict"], rtol=0, atol=0)
+        momentum, expected = ([v["momentum_buffer"] for v in state["optimizer"]["state"].values()]
+                              for state in states)
+        torch.testing.assert_close(momentum, expected, rtol=0, atol=0)
 
 
 def test_each_task_evaluates_the_network_of_its_own_training_by_dependency(slurm, jobs, home):
     for task, seed in enumerate((1, 2)):
-        job = slurm.wait(f"{jobs['evaluated']}_{task}")
-        assert job["JobState"] == "COMPLETED", job
-        (folder,) = run_folders(home, f"seed-{seed}")
-        assert seed_of(folder) == seed
-        lines = (home / f"eval_results/seed-{seed}_ssd.txt").read_text().splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith("In-data = digits, OOD = rest, Clusters = 1, FPR95 = ")
+        number = f"{jobs['evaluated']}_{task}"
+        assert slurm.wait(number)["JobState"] == "COMPLETED", slurm.log(number)
+        (folder,) = run_folders(home, f"whole-{seed}").values()
+        (line,) = (home / f"eval_results/whole-{seed}_ssd.txt").read_text().splitlines()
+        assert line.startswith("In-data = ")
+        assert line in slurm.log(number)
+        (record,) = map(json.loads, (home / f"eval_results/whole-{seed}_ssd.jsonl").open())
+        assert record["sha256"] == hashlib.sha256((folder / CHECKPOINT).read_bytes()).hexdigest()
 
 
-def wait_for_text(slurm, log, text, times):
-    slurm.until(lambda: log.exists() and log.read_text().count(text) >= times, 600,
-                f"{text!r} in {log}")
-
-
-def run_folders(home, name):
-    return [f for f in (home / "results" / name).iterdir() if not f.is_symlink() and f.is_dir()]
-
-
-def seed_of(folder):
-    return json.loads((folder / "config.json").read_text())["config"]["seed"]
+# --- jobs of a second -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("status", "state"), [(0, "COMPLETED"), (3, "FAILED")])
-def test_the_job_has_the_exit_status_of_the_program(status, state, slurm, submit, scripts):
-    job = slurm.wait(submit((), "eval", "status.py", "--with", status), 100)
+@pytest.mark.parametrize(("script", "options"), [("train", ON_CPU), ("train_nodes", TWO_TASKS)])
+def test_the_job_has_the_exit_status_of_the_program(
+    script, options, status, state, slurm, stage
+):
+    job = slurm.wait(slurm.submit(stage, script, "--end", status, options=options))
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == (state, f"{status}:0", "0")
 
 
-def test_the_program_sees_the_gpu_that_slurm_gave_the_job(slurm, submit, home, scripts):
-    other = submit((), "eval", "sleep.py")
-    slurm.until(lambda: slurm.job(other)["JobState"] == "RUNNING", 60, "a job on the first GPU")
-    number = submit((), "eval", "device.py")
-    slurm.wait(number, 100)
-    slurm.command("scancel", other)
-    given = (home / f"slurm/logs/eval-{number}.log").read_text().splitlines()[-1]
-    assert given == "1 1"
+@pytest.fixture
+def first_gpu(slurm, stage):
+    """A job that holds the first GPU."""
+    number = slurm.submit(stage, "train")
+    slurm.wait_for_text(number, "is at work")
+    yield
+    slurm.cancel(number)
 
 
-def test_a_cancelled_job_stays_cancelled(slurm, submit, home, scripts):
-    number = submit((), "eval", "sleep.py")
-    log = home / f"slurm/logs/eval-{number}.log"
-    wait_for_text(slurm, log, "asleep", 1)
-    slurm.command("scancel", number)
-    job = slurm.wait(number, 100)
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+def seen(slurm, number):
+    """Values of the variables that each process of a job saw, one dict each."""
+    slurm.wait(number)
+    lines = [line.split()[1:] for line in slurm.log(number).splitlines() if line[:5] == "sees "]
+    return [dict(word.split("=") for word in line) for line in lines]
 
 
-def test_the_last_task_of_an_array_requeues_itself_and_not_the_others(
-    slurm, submit, home, scripts
-):
-    array = submit((*ON_CPU, "--array=0-1"), "eval", "sleep.py", "a", "b", "--word", "{}")
-    last = f"{array}_1"
-    logs = [Path(slurm.job(f"{array}_{task}")["StdOut"]) for task in (0, 1)]
-    for log in logs:
-        wait_for_text(slurm, log, "asleep", 1)
-    slurm.command("scancel", "--batch", "--signal=USR1", last)  # as at the time limit
-    wait_for_text(slurm, logs[1], "asleep", 2)
-    restarts = [slurm.job(f"{array}_{task}")["Restarts"] for task in (0, 1)]
-    slurm.command("scancel", array)
-    assert restarts == ["0", "1"]
-    assert f"eval {last}: start 2 on " in logs[1].read_text()
-    assert "-u 'sleep.py' '--word' 'b'" in logs[1].read_text()
+@pytest.mark.usefixtures("first_gpu")
+def test_the_program_sees_the_gpu_that_slurm_gave_the_job(slurm, stage):
+    (found,) = seen(slurm, slurm.submit(stage, "eval", "stand_in.py", "--end", 0))
+    assert found["CUDA_VISIBLE_DEVICES"] == found["SLURM_JOB_GPUS"] == "1"
 
 
-# --- what the templates make of their arguments: no Slurm needed ----------------------------------
+@pytest.mark.usefixtures("first_gpu")
+@pytest.mark.parametrize("option", [
+    ("--gres=gpu:2",), ("--gres=none", "--gpus-per-node=2"), ("--gres=gpu:3", "--gpus-per-node=2"),
+])
+def test_several_machines_have_a_process_for_each_gpu(option, slurm, stage):
+    found = seen(slurm, slurm.submit(stage, "train_nodes", "--end", 0,
+                                     options=("--nodes=1", *option)))
+    assert len(found) == 2
+    for process in found:
+        assert process["SLURM_STEP_NUM_TASKS"] == "2"
+        assert process["CUDA_VISIBLE_DEVICES"] == "1,2"
+
+
+def test_processes_meet_at_a_port_of_the_job_or_the_next_free_one(slurm, stage):
+    number = slurm.submit(stage, "train_nodes", "--end", 0, options=(*TWO_TASKS, "--hold"))
+    port = 10000 + int(number) % 20000
+    with socket.create_server(("", port)):
+        slurm.command("scontrol", "release", number)
+        found = seen(slurm, number)
+    assert [int(process["MASTER_PORT"]) for process in found] == [port + 1] * 2
+
+
+# --- what the scripts make of their arguments: no Slurm needed ------------------------------------
 
 
 @pytest.fixture
-def template(home):
-    """Function (name, *arguments, task=None) -> status, stdout, stderr; Python shows its words."""
-    show = home / "show"
+def by_hand(stage):
+    """Function (script, *arguments, task, **variables) -> status, stdout, stderr without Slurm."""
+    show = stage / "show"
     show.write_text("#!/bin/sh\nprintf '%s|' \"$@\"\n")
     show.chmod(0o755)
 
-    def run(name, *arguments, task=None):
+    def run(name, *arguments, task=None, **variables):
         array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)}
-        log = home / "slurm/logs/by_hand.log"
-        with log.open("w") as out:
-            done = subprocess.run(
-                ["bash", f"slurm/{name}.sbatch", *arguments], cwd=home, stdout=out,
-                stderr=subprocess.PIPE, text=True, check=False,
-                env={"PATH": "/usr/bin:/bin", "PYTHON": "./show", "SLURM_JOB_ID": "9",
-                     "SLURM_JOB_NAME": name} | (array if task is not None else {}),
-            )
-        return done.returncode, log.read_text().splitlines(), done.stderr.strip()
+        done = subprocess.run(
+            ["bash", f"slurm/{name}.sbatch", *arguments], cwd=stage, capture_output=True,
+            text=True, check=False, env={
+                "PATH": "/usr/bin:/bin", "PYTHON": "./show", "SLURM_JOB_ID": "9",
+                "SLURM_JOB_NAME": name} | (array if task is not None else {}) | variables)
+        return done.returncode, done.stdout.splitlines(), done.stderr.strip()
 
     return run
 
@@ -240,8 +295,8 @@ def template(home):
     ("eval", ["eval_ssdk.py", "x", "y", "--ckpt", "results/{}/c"], 1,
      "eval_ssdk.py|--ckpt|results/y/c"),
 ])
-def test_the_program_gets_the_arguments_of_the_template(name, arguments, task, command, template):
-    status, lines, errors = template(name, *arguments, task=task)
+def test_the_program_gets_the_arguments_of_the_script(name, arguments, task, command, by_hand):
+    status, lines, errors = by_hand(name, *arguments, task=task)
     assert (status, lines[-1], errors) == (0, f"-u|{command}|", "")
 
 
@@ -259,46 +314,29 @@ def test_the_program_gets_the_arguments_of_the_template(name, arguments, task, c
     ("eval", ["--ckpt", "x"], None,
      "eval 9: error: the first argument is eval_ssd.py or eval_ssdk.py, not '--ckpt'"),
 ])
-def test_arguments_that_cannot_be_meant_are_refused(name, arguments, task, message, template):
-    assert template(name, *arguments, task=task) == (2, [], message)
+def test_arguments_that_cannot_be_meant_are_refused(name, arguments, task, message, by_hand):
+    assert by_hand(name, *arguments, task=task) == (2, [], message)
 
 
-def test_a_missing_python_is_named(home):
-    done = subprocess.run(
-        ["bash", "slurm/train.sbatch"], cwd=home, capture_output=True, text=True, check=False,
-        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "9", "SLURM_JOB_NAME": "train"},
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"train 9: error: PYTHON=.venv/bin/python is no program, seen from {home}\n"
-    )
+def test_a_missing_python_is_named(by_hand, stage):
+    assert by_hand("train", PYTHON=".venv/bin/python") == (
+        2, [], f"train 9: error: PYTHON=.venv/bin/python is no program, seen from {stage}")
 
 
 @pytest.mark.parametrize("name", ["train_nodes", "eval"])
-def test_the_templates_want_the_same_signals_restarts_and_logs_of_slurm(name, home):
+def test_the_scripts_want_the_same_signals_restarts_and_logs_of_slurm(name, stage):
     ways = ("--output=", "--open-mode=", "--signal=", "--requeue")
-    wanted = [[line.split()[1] for line in (home / f"slurm/{file}.sbatch").read_text().splitlines()
+    wanted = [[line.split()[1] for line in (stage / f"slurm/{file}.sbatch").read_text().splitlines()
                if line.startswith("#SBATCH") and line.split()[1].startswith(ways)]
               for file in ("train", name)]
     assert wanted[0] == wanted[1]
     assert len(wanted[0]) == 4
 
 
-def test_a_number_of_processes_that_is_none_is_named(home):
-    done = subprocess.run(
-        ["bash", "slurm/train_nodes.sbatch"], cwd=home, capture_output=True, text=True,
-        check=False, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "9", "SLURM_JOB_NAME": "train",
-                          "PROCESSES": "0"},
-    )
-    assert (done.returncode, done.stderr) == (
-        2, "train 9: error: PROCESSES=0 is no number of processes\n")
-
-
-def test_shellcheck_finds_nothing_in_the_templates(home):
+def test_shellcheck_finds_nothing_in_the_scripts(stage):
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck")
     done = subprocess.run(
-        ["shellcheck", "-x", *map(str, (home / "slurm").glob("*.sbatch")), "slurm/job.sh"],
-        cwd=home, capture_output=True, text=True, check=False,
-    )
+        ["shellcheck", "-x", *map(str, (stage / "slurm").glob("*.sbatch")), "slurm/job.sh"],
+        cwd=stage, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")

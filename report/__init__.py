@@ -1,0 +1,1 @@
+"""What is written and shown: records of results, figures, exchange files, tables, pages."""

@@ -1,0 +1,328 @@
+"""Plot trainings and evaluations: every function writes one PNG at its `path`.
+
+    python -m report.figures RUN_FOLDER               # RUN_FOLDER/training.png, from its log
+    python -m report.figures sweep RESULTS.jsonl ...  # AUROC against m or k: RESULTS_sweep.png
+
+The evaluations' --plot makes the others. Colours are Okabe and Ito's, which the colour-blind tell
+apart; where they run out, the line style changes.
+"""
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from infra import program, storage
+from utils import UserError
+
+USAGE = "usage: python -m report.figures RUN_FOLDER, or: sweep RESULTS.jsonl [...]"
+GREY = "0.55"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+SETTINGS = {"clusters": "m, clusters of the training features",
+            "k": "k, known outliers of each class"}
+# What tells curves of one outlier set apart, beside the seed, in the order of a label
+KINDS = ("in", "training_mode", "arch", "in_classes", "copies", "data_mode", "size", "normalize")
+# What the records to plot must hold
+EPOCH = {"epoch": int, "loss": int | float, "monitor": int | float | None, "monitor_name": str,
+         "lr": int | float}
+EVALUATION = {"ood": str, "auroc": int | float, "clusters": int, "k": int | None}
+
+
+def _new(count, height=3.2, width=4.8):
+    """A figure that needs no screen, and its axes, three in a row; sizes of one in inches."""
+    from matplotlib.figure import Figure
+
+    columns, rows = min(count, 3), -(-count // 3)
+    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.4), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    for axis in axes:
+        axis.set_prop_cycle(color=COLOURS * 4, linestyle=[s for s in STYLES for _ in COLOURS])
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def _each_plot(panels, path, height=3.2, legend=None):
+    """Yield (axis, in-distribution name, scores) of each plot, then title and save the figure."""
+    figure, axes = _new(len(panels), height, width=6.4)
+    for axis, (title, inside, scores) in zip(axes, panels, strict=True):
+        yield axis, inside, scores
+        axis.set_title(_shown(title, 60))
+        _legend(axis, legend)
+    _save(figure, path)
+
+
+def _legend(axis, title=None):
+    """A legend beside the plot, where it can't hide a curve."""
+    axis.legend(title=title, title_fontsize=8, fontsize=8, loc="upper left", frameon=False,
+                bbox_to_anchor=(1, 1.02))
+
+
+def _save(figure, path):
+    with storage.atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
+
+
+def _shown(name, longest=28):
+    """The name of a set as a figure can show it: without its folder, printable, no mathematics."""
+    kind, colon, path = str(name).partition(":")
+    text = f"{kind}:{Path(path).name}" if colon else kind
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # matplotlib hides names with a leading _
+
+
+def training_curves(records, path):
+    """Plot loss, monitor and learning rate of a training over its epochs.
+
+    Records are the dicts of log.jsonl in order. Where a run was resumed at an epoch, its earlier
+    records from there on are void, and a dotted line marks the place. UserError: no epoch in them.
+    """
+    epochs, resumed = _valid_epochs(records)
+    if not epochs:
+        raise UserError(f"{path}: the log holds no finished epoch to plot")
+    x = sorted(epochs)
+    signs = ["shaded: warm-up"] * (x[0] < 1) + ["dotted: resumed"] * bool(resumed)
+    figure, axes = _new(3)
+    titles = {"loss": "mean loss of the epoch", "monitor": epochs[x[-1]]["monitor_name"],
+              "lr": "learning rate at the epoch's last step"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        y = np.array([epochs[e][key] for e in x], dtype=float)  # None, as in a warm-up, becomes nan
+        axis.plot(x, y, "o-", markersize=3 if len(x) < 40 else 0)
+        if key == "monitor" and not np.isnan(y).all():
+            best = np.nanargmax(y)
+            axis.plot(x[best], y[best], "o", color="black", fillstyle="none", markersize=8,
+                      label=f"best: {y[best]:.4f}, epoch {x[best]}")
+            axis.legend(fontsize=8)
+        if x[0] < 1:
+            axis.axvspan(x[0] - 0.5, 0.5, color=GREY, alpha=0.2, linewidth=0)
+        for place in resumed:
+            axis.axvline(place, color=GREY, linestyle=":", linewidth=1)
+        axis.set_title(textwrap.fill(title, 60), fontsize=10)
+        axis.set(xlabel=f"epoch ({', '.join(signs)})" if signs else "epoch",
+                 xlim=(min(x[0], 1) - 0.5, max(x[-1], 1) + 0.5))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def _valid_epochs(records):
+    """({epoch from 1: its last record}, places where the run was resumed)."""
+    epochs, resumed, restarted = {}, [], False
+    for record in records:
+        restarted = restarted or record.get("event") in ("start", "resume")
+        if record.get("event") == "epoch":
+            here = record["epoch"] + 1
+            kept = {e: r for e, r in epochs.items() if e < here}
+            resumed = [place for place in resumed if place < here - 0.5]
+            if epochs and (restarted or len(kept) < len(epochs)):
+                resumed.append(here - 0.5)
+            epochs, restarted = {**kept, here: record}, False
+    return epochs, resumed
+
+
+def score_histograms(panels, path):
+    """Plot the distribution of scores: filled for the in-distribution set, lines for outliers.
+
+    Panels are a list of (title, in-distribution name, {set name: float array [N]}), a plot each.
+    """
+    for axis, inside, scores in _each_plot(panels, path):
+        # Distances span decades; the few far out on either side of a set would squeeze the rest
+        low = min(np.percentile(values, 0.5) for values in scores.values())
+        high = max(np.percentile(values, 99.5) for values in scores.values())
+        if not high > low:
+            low, high = low - 0.5, high + 0.5
+        decades = low > 0 and high > 10 * low
+        bins = np.geomspace(low, high, 61) if decades else np.linspace(low, high, 61)
+        for name, values in scores.items():
+            counts, _ = np.histogram(np.clip(values, low, high), bins)
+            heights, label = 100 * counts / len(values), _shown(name)
+            if name == inside:
+                axis.stairs(heights, bins, fill=True, color=GREY, alpha=0.6, label=label)
+            else:
+                axis.plot(bins, [*heights, 0], drawstyle="steps-post", label=label)
+        axis.axvline(np.percentile(scores[inside], 95), color="black", linestyle=":", linewidth=1,
+                     label=f"95 % of {_shown(inside)}")
+        axis.set(xscale="log" if decades else "linear", xlabel="score (larger = more outlying)",
+                 ylim=(0, None), ylabel="% of the set's images")
+
+
+def _pairs(inside, scores):
+    """Each outlier set as (name, labels, scores): 0 for in-distribution, 1 for outliers."""
+    for name, values in scores.items():
+        if name != inside:
+            labels = np.repeat([0, 1], [len(scores[inside]), len(values)])
+            yield _shown(name), labels, np.concatenate([scores[inside], values])
+
+
+def roc_curves(panels, path):
+    """Plot the ROC curve of each outlier set, with its AUROC. Args: as for score_histograms."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    for axis, inside, scores in _each_plot(panels, path, 4.2, "AUROC"):
+        for name, labels, values in _pairs(inside, scores):
+            false, true, _ = roc_curve(labels, values)
+            axis.plot(100 * false, 100 * true, label=f"{name}  {roc_auc_score(labels, values):.4f}")
+        axis.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1)
+        axis.set(xlabel=f"% of {_shown(inside)} called outliers", ylabel="% of outliers found")
+
+
+def precision_recall_curves(panels, path):
+    """Plot precision against recall, with average precision. Args: as for score_histograms."""
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    for axis, inside, scores in _each_plot(panels, path, 4.2, "AUPR (by chance)"):
+        for name, labels, values in _pairs(inside, scores):
+            precision, recall, _ = precision_recall_curve(labels, values)
+            aupr = average_precision_score(labels, values)
+            # scikit-learn's last point, precision 1 at recall 0, is no part of the area
+            axis.plot(100 * recall, 100 * np.append(precision[:-1], precision[-2]),
+                      drawstyle="steps-post", label=f"{name}  {aupr:.4f} ({labels.mean():.4f})")
+        axis.set(xlabel="recall: % of outliers found", xlim=(-2, 102), ylim=(-2, 102),
+                 ylabel="precision: % outliers among the found")
+
+
+def spectrum(eigenvalues, shares, inside, path):
+    """Plot the eigenvalues of the training covariance and how far each set lies along each.
+
+    Args:
+        eigenvalues: float [r], falling. inside: name of the in-distribution set. shares: {set
+            name: float [r]}, the mean squared distance along each eigenvector in units of its
+            eigenvalue, as of detection.Gaussian.along; 1 for training images.
+    """
+    rank = len(eigenvalues)
+    width = -(-rank // 64)  # of a bin of neighbouring directions; one direction alone is noise
+    bins = [slice(i, i + width) for i in range(0, rank, width)]
+    index = np.arange(1, rank + 1)
+    marker = "o" if rank < 16 else None  # a single direction has no line
+    figure, (left, right) = _new(2, height=3.6, width=6.0)
+    left.plot(index, eigenvalues, color="black", linewidth=1.4, marker=marker)
+    left.set(title="Covariance of the training features", ylabel="eigenvalue (variance)")
+    for name, share in shares.items():
+        style = {"color": GREY, "linestyle": "-", "linewidth": 3} if name == inside else {}
+        right.plot([index[b].mean() for b in bins], [share[b].mean() for b in bins], marker=marker,
+                   label=f"{_shown(name)} (test)" if style else _shown(name), **style)
+    right.axhline(1, color="black", linestyle=":", linewidth=1, label="training images")
+    means = "" if width == 1 else f"\n(means of {width} neighbouring directions)"
+    right.set(title=f"Share of the score{means}", ylabel="mean squared distance / eigenvalue")
+    _legend(right)
+    for axis in (left, right):
+        axis.set(xlabel="eigen-direction, by falling eigenvalue", yscale="log")
+    _save(figure, path)
+
+
+def contact_sheet(rows, path):
+    """Plot (title, images, scores) rows: uint8, or float in [0, 1], [n, 3, H, W]; float [n]."""
+    from matplotlib.figure import Figure
+
+    columns = 10
+    heights = [-(-len(scores) // columns) for _, _, scores in rows]
+    figure = Figure(figsize=(0.95 * columns + 0.2, 1.2 * sum(heights) + 0.4 * len(rows)),
+                    layout="constrained")
+    parts = figure.subfigures(len(rows), height_ratios=[h + 0.35 for h in heights], squeeze=False)
+    for part, (title, images, scores), height in zip(parts.flat, rows, heights, strict=True):
+        part.suptitle(_shown(title, 96), fontsize=10)
+        for i, (image, score) in enumerate(zip(images, scores, strict=True), 1):
+            axis = part.add_subplot(height, columns, i)
+            axis.axis("off")
+            axis.imshow(np.asarray(image).transpose(1, 2, 0), interpolation="nearest")
+            form = ",.0f" if 1000 <= abs(score) < 1e7 else ".3g"
+            axis.set_title(f"{score:{form}}", fontsize=8, pad=2)
+    _save(figure, path)
+
+
+def sweep(curves, xlabel, path):
+    """Plot AUROC against a setting, a line for each of curves, {name: list of (setting, AUROC)}.
+
+    Of several AUROCs of a setting (seeds, say) it shows the mean, and a bar from least to largest.
+    """
+    figure, (axis,) = _new(1, height=3.8, width=6.8)
+    for name, points in curves.items():
+        x = sorted({setting for setting, _ in points})
+        y = [[value for setting, value in points if setting == at] for at in x]
+        (line,) = axis.plot(x, [*map(np.mean, y)], marker="o", markersize=4, label=_shown(name))
+        axis.vlines(x, [*map(min, y)], [*map(max, y)], line.get_color(), linewidth=3, alpha=0.4)
+    settings = sorted({x for points in curves.values() for x, _ in points})
+    scale = "log" if 0 < 10 * settings[0] < settings[-1] else "linear"
+    axis.set(xscale=scale, xticks=_apart(settings, scale), xlabel=xlabel, ylabel="AUROC")
+    axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter("{x:g}")
+    _legend(axis)
+    _save(figure, path)
+
+
+def _apart(settings, scale):
+    """The settings whose tick labels do not run into each other."""
+    place = np.log(settings) if scale == "log" else np.asarray(settings, dtype=float)
+    kept = [0]
+    for i in range(1, len(settings)):
+        if place[i] - place[kept[-1]] >= (place[-1] - place[0]) / 16:
+            kept.append(i)
+    return [settings[i] for i in kept]
+
+
+def curves_of(records, setting):
+    """Sort records of evaluations into curves for `sweep` against "clusters" or "k".
+
+    There is one per outlier set; where they differ in more (network, copies), its name says it.
+    """
+    differ = [k for k in KINDS if len({json.dumps(r.get(k)) for r in records}) > 1]
+    # A repeated evaluation, which counts once, differs in when it was and how long it took
+    once = {json.dumps(r | {"time": 0, "seconds": 0}, sort_keys=True): r for r in records}
+    curves = {}
+    for record in once.values():
+        name = ", ".join([record["ood"], *(str(record.get(k)) for k in differ)])
+        curves.setdefault(name, []).append((record[setting], record["auroc"]))
+    return curves
+
+
+def _read(path, fields, event=None):
+    """The records of a file of JSON lines. All, or those of one event, must hold {name: type}."""
+    records = []
+    try:
+        for line in Path(path).read_bytes().splitlines():
+            if not isinstance(record := json.loads(line), dict):
+                raise ValueError(f"expected an object, found {record!r:.40}")
+            for key, kind in fields.items() if event in (None, record.get("event")) else ():
+                if not isinstance(found := record.get(key), kind):
+                    raise ValueError(f"{key} = {found!r:.40}")
+            records.append(record)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}, line {len(records) + 1} is no record to plot: {error}") from None
+    return records
+
+
+def plot_sweep(files):
+    """Plot AUROC against the setting that varies in records of evaluations; return the path."""
+    records = [record for path in files for record in _read(path, EVALUATION)]
+    settings = {"clusters" if r.get("k") is None else "k" for r in records}
+    if len(settings) != 1:
+        raise UserError(f"{', '.join(files)}: expected records of eval_ssd.py or of eval_ssdk.py, "
+                        f"found {'both, which are two figures' if settings else 'none'}")
+    (setting,) = settings
+    path = Path(files[0]).with_name(f"{Path(files[0]).stem}_sweep.png")
+    sweep(curves_of(records, setting), SETTINGS[setting], path)
+    return path
+
+
+def main(argv=None):
+    match argv or sys.argv[1:]:
+        case ["-h" | "--help"]:
+            print(USAGE)
+        case ["sweep", *files] if files:
+            print(plot_sweep(files))
+        case [run] if run != "sweep":
+            path = Path(run) / "training.png"
+            training_curves(_read(path.with_name("log.jsonl"), EPOCH, "epoch"), path)
+            print(path)
+        case _:
+            raise UserError(USAGE)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -123,8 +123,7 @@ def restore(path, device, given, classes=None):
         given: dict of the keys of FOREIGN, None where the checkpoint or FOREIGN says it.
         classes: outputs of a SupCE classifier, None for the checkpoint's.
 
-    Raises:
-        UserError: a flag that contradicts the checkpoint, a network that does not fit it.
+    Raises: UserError: a flag that contradicts the checkpoint, a network that does not fit it.
     """
     state, rest = checkpoints.load_checkpoint(path)
     known = rest.get("config")

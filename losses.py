@@ -40,11 +40,9 @@ class SupConLoss(nn.Module):
             rows: slice of the B images, those whose views are the i of the sum; the others' parts
                 of the loss are computed by other processes.
 
-        Returns:
-            float scalar, a sum over i divided by B*V.
+        Returns: float scalar, a sum over i divided by B*V.
 
-        Raises:
-            ValueError: shapes other than these.
+        Raises: ValueError: shapes other than these.
         """
         if features.dim() != 3 or features.shape[1] < 2:
             raise ValueError(f"features must be [B, V >= 2, D], not {list(features.shape)}")

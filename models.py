@@ -147,8 +147,7 @@ def build_model(arch, head, num_classes=10, generator=None):
             "classifier" (SupCE). num_classes: width of the classifier.
         generator: torch.Generator on the CPU, of the weights; None is torch's global one.
 
-    Returns:
-        SSLResNet or SupResNet, in training mode, float32, on the CPU.
+    Returns: SSLResNet or SupResNet, in training mode, float32, on the CPU.
 
     Source: same architecture and distributions as the original (convolutions Kaiming-normal
     fan-out, batch norm 1 and 0, linear layers torch's default); not the same draws.
@@ -172,8 +171,7 @@ def restore(network, state):
     Args:
         network: what build_model returned. state: {name: tensor}, as of load_checkpoint.
 
-    Raises:
-        ValueError: names the first keys that differ; `network` is then untouched.
+    Raises: ValueError: names the first keys that differ; `network` is then untouched.
     """
     expected, found = ({k: list(v.shape) for k, v in s.items()}
                        for s in (network.state_dict(), state))

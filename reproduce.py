@@ -4,7 +4,7 @@
     python reproduce.py demo --seeds 1            # minutes on a CPU, no download
     python reproduce.py readme --dry-run          # the commands, and how far each has come
     python reproduce.py readme --seeds 3 --slurm  # into the queue; then --report
-    python reproduce.py readme --report --readme README.md
+    python reproduce.py readme --report --readme docs/reproduce.md
 
 A table is configs/tables/TABLE.yaml. Networks are trained once below RESULTS/networks, whatever
 rows and tables use them; evaluations and table.md, table.csv and index.html go to RESULTS/TABLE.

@@ -265,8 +265,8 @@ def main(argv=None):
                         run.stop(signalled, f"epoch {logged}, step {step + 1} of {steps}")
 
             # Validate. The warm-up is not, as in the original: the best network comes after it.
-            validated, score, monitor_name = time.perf_counter(), None, "none in this epoch"
             loss, (lr, momentum) = batches.mean_loss(), lr_and_momentum((epoch + 1) * steps - 1)
+            validated, score, monitor_name = time.perf_counter(), None, "none in this epoch"
             if logged >= 0 and ((logged + 1) % args.val_freq == 0 or logged + 1 == args.epochs):
                 score, monitor_name = trainers.validate(network, test, mode, settings, loss)
             is_best = score is not None and score > progress.best

@@ -28,6 +28,7 @@ from utils import RunError, UserError
 WARMUP_EPOCHS = 10
 LR_START, LR_END = 0.01, 1e-4  # at the first step of the warm-up; where the cosine would arrive
 MOMENTUM_START, MOMENTUM_END = 0.9, 0.8  # over the warm-up, with cycling
+CPU_BF16 = ("avx512_bf16", "amx_tile")  # what processors that multiply bfloat16 have
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ def fast_speed(device):
         return Speed("bf16", True, True)
     # On CPUs channels-last was measured to pay at 32 pixels, bfloat16 where the processor
     # multiplies it (elsewhere it is emulated, and slow), torch.compile not at all.
-    supported = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in supported)
+    bf16 = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in CPU_BF16)
     return Speed("bf16" if bf16 else "fp32", True, False)
 
 
@@ -241,7 +241,7 @@ class Epoch:
         self._losses = torch.zeros(len(self._order), device=train_step.device)
         if losses is not None and distributed.is_main_process():  # the others add nothing to them
             self._losses[:first] = losses.to(train_step.device)
-        self._done, self._views = first, 0
+        self._done, self._views, self._ended = first, 0, None
 
     def __len__(self):
         return len(self._order)
@@ -255,6 +255,7 @@ class Epoch:
         return self
 
     def __exit__(self, *error):
+        self._ended = time.perf_counter()  # what comes after the epoch does not count as training
         self._bar.close()
         self._prefetched.close()  # ends the workers, also where the run stops in the middle
 
@@ -301,7 +302,7 @@ class Epoch:
 
     def views_per_second(self):
         """Return how many views were trained on a second, of all processes."""
-        return self._views / (time.perf_counter() - self._began)
+        return self._views / ((self._ended or time.perf_counter()) - self._began)
 
 
 # --- the state of a training ----------------------------------------------------------------------

@@ -4,9 +4,8 @@
     mine = distributed.shard(n)      # the rows of a batch of n that this process has
     z = distributed.gather(z, n)     # [n, D] of all processes, with gradients
 
-torch.distributed carries it: gloo between CPUs, NCCL between GPUs. The processes are started by
-torchrun, by srun with one task a GPU, or by this module where one process sees several GPUs. All of
-it works, and costs nothing, in a single process too.
+torch.distributed carries it: gloo between CPUs, NCCL between GPUs. Processes are started by
+torchrun, by srun, or by this module where one sees several GPUs. A single one costs nothing.
 """
 
 import contextlib
@@ -76,8 +75,7 @@ def start():
     does not find them. One that was started by hand and sees several GPUs is replaced by torchrun,
     which starts this command once for each of them; then this function does not return.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        os.environ.update(slurm_variables(os.environ))
+    read_slurm()
     if "RANK" not in os.environ and torch.cuda.device_count() > 1:
         _replace_by_torchrun(torch.cuda.device_count())
     if world_size() == 1:
@@ -98,6 +96,12 @@ def start():
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"the {world_size()} processes did not find each other at {place}: "
                        f"{str(error).splitlines()[0]}") from None
+
+
+def read_slurm():
+    """Let a task of srun know its rank, before anything is said."""
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        os.environ.update(slurm_variables(os.environ))
 
 
 def slurm_variables(env):
@@ -149,7 +153,7 @@ def shutdown():
 
 
 def let_main_speak():
-    """Give the main process time to name an error first: then the launcher ends this process."""
+    """Give the main process time to name an error; then the launcher ends this process."""
     if not is_main_process():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(HEAD_START)

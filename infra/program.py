@@ -26,6 +26,7 @@ def run(main):
     """Run a script's main, a function without arguments; see above for how it ends."""
     for stream in (sys.stdout, sys.stderr):  # the name of a file need not be text
         stream.reconfigure(errors="surrogateescape")
+    distributed.read_slurm()
     try:
         main()
         distributed.shutdown()

@@ -210,8 +210,10 @@ def _new_folder(home, label, identity):
 def _lock(path, timeout=-1):
     """Lock a file until the process ends, or filelock.Timeout; without locks here, go on."""
     try:
-        return filelock.FileLock(path).acquire(timeout=timeout)
-    except NotImplementedError:
+        return filelock.FileLock(path, fallback_to_soft=False).acquire(timeout=timeout)
+    except filelock.Timeout:
+        raise
+    except (OSError, NotImplementedError):  # a soft lock would outlive a process that is killed
         utils.note(f"{path} cannot be locked on this file system; do not start the same training "
                    "twice")
         return contextlib.nullcontext()
@@ -303,9 +305,8 @@ class Log:
 def stop_signals():
     """The signals by which Slurm, a user or a closed terminal asks a program to end."""
     # nohup has SIGHUP ignored, and it stays ignored.
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return numbers if ignored else [*numbers, signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT] + [signal.SIGHUP] * (not ignored)
 
 
 @contextlib.contextmanager

@@ -84,8 +84,7 @@ def append_lines(path, data, sync=False):
         path: of the file, created where there is none. sync: wait until they are on the disk.
         data: bytes. They start a new line even where a crash cut the last one.
 
-    Raises:
-        OSError: the file is as it was.
+    Raises: OSError: the file is as it was.
     """
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)

@@ -132,9 +132,10 @@ class Report:
             panels = list(self._panels.values())
             self.plot("histograms", figures.score_histograms, panels)
             self.plot("roc", figures.roc_curves, panels)
-            self.plot("precision_recall", figures.precision_recall_curves, panels)
             if any(len(points) > 1 for points in self._sweep.values()):
                 self.plot("clusters", figures.sweep, self._sweep, figures.SETTINGS["clusters"])
+            # The last one, by which reproduce.py knows that an evaluation is complete.
+            self.plot("precision_recall", figures.precision_recall_curves, panels)
         for name, (function, content) in self._plots.items():
             path = f"{self.base}_{name}.png"
             function(*content, path)

@@ -62,8 +62,7 @@ def read(name):
         dict as the file has it (SCHEMA), with defaults, "name", "path" and "entries": (row, label,
         outlier set as printed, clusters, [(row, outlier set)], published blocks), means last.
 
-    Raises:
-        UserError: names the file, the place in it, what was found and what is allowed.
+    Raises: UserError: names the file, the place in it, what was found and what is allowed.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():

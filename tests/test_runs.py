@@ -1,5 +1,7 @@
 """Run folders: which one a command gets, who holds it, and what survives a fault."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -7,7 +9,6 @@ import subprocess
 import sys
 import threading
 
-import filelock
 import pytest
 import torch
 from conftest import ROOT
@@ -189,11 +190,14 @@ def test_a_run_is_refused_as_long_as_the_process_that_holds_it_lives(start, hold
     assert start(lr=0.7).resumed
 
 
-def test_where_files_cannot_be_locked_a_run_starts_with_a_warning(tmp_path, monkeypatch, capsys):
-    def no_locks(*_, **__):
-        raise NotImplementedError("FileSystem does not appear to support flock")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_a_run_starts_with_a_warning(
+    number, tmp_path, monkeypatch, capsys
+):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     run = runs.open_run(tmp_path, "exp", CONFIG, IMAGES, label="x")
     assert run.folder.name == "1--x"
     assert "cannot be locked" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 CROP_SCALE = (0.2, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width over height
@@ -75,12 +76,12 @@ def ssl_params(u, box):
 def ssl_boxes(u, height, width):
     """Turn uniform numbers into crops: the first of ten tries that fits, else the centre.
 
-    Args: u: rows of `uniform_ssl`, float64 [n, 51]. height, width: of these images, in pixels.
+    Args: u: rows of `uniform_ssl`. height, width: of these images, in pixels.
     Returns: int64 [n, 4]: top, left, height, width.
     """
     u = u[:, : 4 * CROP_TRIES].view(-1, 4, CROP_TRIES)
     area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * u[:, 0])
-    log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    log_low, log_high = map(math.log, CROP_RATIO)
     ratio = torch.exp(log_low + (log_high - log_low) * u[:, 1])
     w = torch.sqrt(area * ratio).round().long()  # [n, tries]
     h = torch.sqrt(area / ratio).round().long()
@@ -106,17 +107,13 @@ def sample_org(n, generator):
 
 
 def sample_views(augmentation, views, batch, rows, height, width, generator):
-    """Sample the parameters of the views of some rows of a batch.
+    """Sample the parameters of the views of some rows of a batch, whichever process makes them.
 
-    They are sampled for the whole batch, so that which process makes the views of an image does
-    not change its parameters.
-
-    Args:
-        augmentation: "ssl" or "org". views: of each image. batch: number of images.
-        rows: slice of them, b images. height, width, generator: as for sample_ssl.
-
+    Args: augmentation: "ssl" or "org". views: of each image. batch: number of images. rows: slice
+        of them, b images. height, width, generator: as for sample_ssl.
     Returns: SSLParams or OrgParams of views * b images, view after view.
     """
+    # Sampled for the whole batch: the parameters of an image are the same in every process.
     index = torch.arange(views * batch).view(views, batch)[:, rows].flatten()
     if augmentation == "org":
         return subset(sample_org(views * batch, generator), index)
@@ -126,12 +123,9 @@ def sample_views(augmentation, views, batch, rows, height, width, generator):
 
 def _in_chunks(apply):
     """Run a function (pixels, params, ...) on a CPU on chunks that its caches hold."""
-
     @functools.wraps(apply)
     def on_batch(pixels, params, size, mean=None, std=None):
         params = to(params, pixels.device)
-        if mean is not None:
-            mean, std = (_constant(v, pixels.device) for v in (mean, std))
         whole = torch.compiler.is_compiling() or pixels.device.type != "cpu"
         if whole or len(pixels) <= (chunk := max(1, CHUNK * torch.get_num_threads() // size**2)):
             return apply(pixels, params, size, mean, std)
@@ -149,12 +143,10 @@ def apply_ssl(pixels, params, size, mean=None, std=None):
     """Crop and resize, flip, jitter the colours, make some grey, normalise.
 
     Args:
-        pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed.
+        pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed. size: S in pixels.
         params: SSLParams of these B images, on the CPU or on the device of `pixels`.
-        size: S, side of the result in pixels.
         mean, std: three numbers each, on the [0, 1] scale, as a sequence or a tensor, which is not
             copied if it is on the device of `pixels`; None: no normalisation.
-
     Returns: float32 [B, 3, S, S] on the device of `pixels`.
 
     Every image goes through the same operations; those not due to it return it bit by bit. So no
@@ -173,7 +165,6 @@ def apply_colors(pixels, params, size, mean=None, std=None):
 
 
 def _recolor(x, params, mean, std):
-    """Jitter, grey and normalise float images [B, 3, S, S], which are changed."""
     x = color_jitter(x, params.jitter, params.order, params.factor)
     return normalize(grayscale(x, params.gray), mean, std)
 
@@ -185,18 +176,16 @@ def apply_org(pixels, params, size, mean=None, std=None):
     Args and Returns: as apply_ssl, with OrgParams. Source: as the original, without 8-bit rounding.
     """
     x = resize(to_float(pixels), size)
-    # A shift by whole pixels is a resampling too: a window as wide as the image, hung over its
-    # edge. What it finds there has no weight, which is the zero of the padding.
+    # A shift by whole pixels is a crop too: a window as wide as the image, hung over its edge.
+    # What it finds there has no weight, which is the zero of the padding.
     shift = params.shift - PADDING
-    whole = torch.full_like(shift[:, 0], size)
-    rows = resampling(shift[:, 0], whole, size, size)
-    columns = resampling(shift[:, 1], whole, size, size, params.flip)
-    return normalize(_resample(x, rows, columns), mean, std)
+    box = torch.cat([shift, torch.full_like(shift, size)], dim=1)
+    return normalize(resized_crop(x, box, params.flip, size), mean, std)
 
 
-def apply_base(pixels, size, mean=None, std=None):
-    """Resize and normalise, as for evaluation. Args and Returns: as apply_ssl."""
-    return normalize(resize(to_float(pixels), size), mean, std)
+def apply_base(pixels, size, mean=None, std=None, interpolation="bilinear"):
+    """Resize and normalise, as for evaluation. Args and Returns: as apply_ssl and resize."""
+    return normalize(resize(to_float(pixels), size, interpolation), mean, std)
 
 
 # How views are made: of whole images, or of those that worker processes cropped and flipped.
@@ -222,34 +211,33 @@ def _move(tensor, device):
 
 def to_float(pixels):
     """Return uint8 pixels, or float ones in [0, 1], as a new float32 tensor in [0, 1]."""
-    if pixels.dtype == torch.uint8:
-        return pixels.float().div_(255)
-    return pixels.to(torch.float32, copy=True)
+    is_uint8 = pixels.dtype == torch.uint8
+    return pixels.float().div_(255) if is_uint8 else pixels.to(torch.float32, copy=True)
 
 
 def normalize(x, mean, std):
     """Standardise channels of float [B, 3, S, S] by apply_ssl's mean and std. Changes `x`."""
     if mean is None:
         return x
-    mean, std = (_constant(v, x.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (_move(torch.as_tensor(v, dtype=torch.float32), x.device).view(1, 3, 1, 1)
+                 for v in (mean, std))
     return x.sub_(mean).div_(std)
 
 
-def _constant(values, device):
-    """Three numbers as a float32 tensor on a device; one that is there is not copied."""
-    return _move(torch.as_tensor(values, dtype=torch.float32), device)
-
-
-def resize(x, size):
+def resize(x, size, interpolation="bilinear"):
     """Bring the short side to `size` and keep the central square (torchvision: Resize, CenterCrop).
 
-    Args: x: float [B, 3, H, W]. size: S.
-    Returns: float [B, 3, S, S], bilinear with antialiasing; `x` itself where it has that shape.
+    Args: x: float [B, 3, H, W]. size: S. interpolation: "bilinear" or "bicubic".
+    Returns: float [B, 3, S, S], with antialiasing; `x` itself where it has that shape.
     """
     height, width = x.shape[2:]
     if height == width == size:
         return x
     side = min(height, width)
+    if interpolation == "bicubic":
+        top, left = (height - side) // 2, (width - side) // 2
+        x = x[:, :, top : top + side, left : left + side]
+        return F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
     length = torch.full((1,), side, device=x.device)
     rows = resampling((height - length) // 2, length, size, height)
     columns = resampling((width - length) // 2, length, size, width)
@@ -259,10 +247,7 @@ def resize(x, size):
 def resized_crop(pixels, box, flip, size):
     """Crop each image to its own window, resize to one size, flip some.
 
-    Args:
-        pixels: uint8 or float in [0, 1], [B, 3, H, W]; not changed.
-        box: int64 [B, 4], top, left, height and width in pixels. flip: bool [B]. size: S.
-
+    Args: pixels: as of apply_ssl. box, flip: as of SSLParams; a box may hang over. size: S.
     Returns: float32 [B, 3, S, S], bilinear with antialiasing.
     """
     height, width = pixels.shape[2:]
@@ -274,14 +259,11 @@ def resized_crop(pixels, box, flip, size):
 def resampling(start, length, size, source, flip=None):
     """Write crop, antialiased bilinear resize and flip along one axis as a matrix per image.
 
-    Args:
-        start, length: int64 [B], the window in source pixels. size: S, number of output pixels.
+    Args: start, length: int64 [B], the window in source pixels. size: S, number of output pixels.
         source: number of source pixels. flip: bool [B], which outputs are mirrored; None: none.
-
     Returns: float32 [B, S, source]: row i holds the weights of the source pixels in output pixel i,
         a triangle as wide as an output pixel (at least one source pixel), cut at the window and
         scaled to sum 1.
-
     Source: torch's interpolate(mode="bilinear", antialias=True) of the cropped image.
     """
     device = start.device
@@ -324,16 +306,13 @@ def blending(operation, factor, due):
     All are factor * x + (1 - factor) * other, clamped to [0, 1]; other is black (brightness), the
     mean grey of the image (contrast) or the grey of each pixel (saturation).
 
-    Args:
-        operation: int64 [B, ...], BRIGHTNESS, CONTRAST or SATURATION.
-        factor: float32 [B, ...]. due: bool [B, ...], whether to change anything at all.
-
+    Args: operation: int64 [B, ...], BRIGHTNESS, CONTRAST or SATURATION. factor: float32 [B, ...].
+        due: bool [B, ...], whether to change anything at all.
     Returns: float32 [B, ...] each: multipliers of x, its grey and its mean grey, and the maximum.
     """
     factor = torch.where(due, factor, 1)
-    rest = 1 - factor
-    of_grey = torch.where(operation == SATURATION, rest, 0)
-    of_mean = torch.where(operation == CONTRAST, rest, 0)
+    of_grey = torch.where(operation == SATURATION, 1 - factor, 0)
+    of_mean = torch.where(operation == CONTRAST, 1 - factor, 0)
     most = torch.where(due, 1, torch.inf)  # a resampled 1 may be more by a rounding
     return factor, of_grey, of_mean, most
 
@@ -372,9 +351,7 @@ def adjust_hue(x, shift):
 def color_jitter(x, apply, order, factor):
     """Apply each image's four colour operations in its own order; returns float [B, 3, H, W].
 
-    Args:
-        x: float [B, 3, H, W] in [0, 1]; changed. apply: bool [B], which images to jitter.
-        order, factor: int64 and float32 [B, 4], see SSLParams.
+    Args: x: in [0, 1]; changed. apply, order, factor: `jitter`, `order`, `factor` of SSLParams.
     """
     # Hue alone is no blend, and each image has it once. So all go through three blends before it
     # and three after it, of which three are due in all.
@@ -383,20 +360,17 @@ def color_jitter(x, apply, order, factor):
     operation = torch.cat([order[:, :3], order[:, 1:]], dim=1)  # [B, 6]
     due = torch.cat([turn[:3] < hue_turn, turn[1:] > hue_turn], dim=1) & apply[:, None]
     steps = blending(operation, factor.gather(1, operation), due)
-    for i in range(3):
-        x = blend(x, *(s[:, i] for s in steps))
-    x = _put(adjust_hue(x, factor[:, HUE]), x, apply)
-    for i in range(3, 6):
+    for i in range(6):
+        if i == 3:
+            x = _put(adjust_hue(x, factor[:, HUE]), x, apply)
         x = blend(x, *(s[:, i] for s in steps))
     return x
 
 
 def _put(images, x, chosen):
-    """Replace the chosen images of `x`, which is changed."""
     chosen = _each(chosen).float()
     return x.mul_(1 - chosen).add_(images * chosen)
 
 
 def _each(values):
-    """[B] -> [B, 1, 1, 1], to go with images."""
     return values.reshape(-1, 1, 1, 1)

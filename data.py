@@ -24,7 +24,7 @@ import torch
 
 import utils
 from infra import distributed, image_files, storage
-from infra.image_files import ImageFiles
+from infra.image_files import ImageFiles, LazyImages
 from utils import UserError
 
 DIGITS = tuple("0123456789")
@@ -36,6 +36,7 @@ DTD_IMAGES = 5_640
 NARROWEST_CROP = math.sqrt(0.2 * 3 / 4)
 MAX_WORKERS = 8  # by default; more would wait for a ResNet-50, with batches in shared memory
 MEASURED_FILES = 2_000  # of a set on disk, from which normalisation constants are measured
+ROUNDING = 1 / 255 / math.sqrt(12)  # standard deviation of what rounding to grey levels adds
 
 
 @dataclass(frozen=True)
@@ -57,36 +58,26 @@ class ImageSet:
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], paths=paths)
 
 
-class Noise:
+class Noise(LazyImages):
     """Float32 images [N, 3, S, S] in [0, 1], sampled when they are asked for.
 
     Block b of 100 images comes from a generator of (seed, kind, b), so any part can be had without
-    the rest: 10,000 images of 224 pixels would be 6 GB.
-    Args: kind: a key of NOISE; size: S in pixels; index: int64 [N], None for all.
+    the rest: 10,000 images of 224 pixels would be 6 GB. `kind` is a key of NOISE.
     """
 
     def __init__(self, kind, size, seed, index=None):
         self.kind, self.size, self.seed = kind, size, seed
         self.index = torch.arange(NOISE_IMAGES) if index is None else index
 
-    @property
-    def shape(self):
-        """(N, 3, S, S), as a tensor's."""
-        return (len(self.index), 3, self.size, self.size)
-
-    def __getitem__(self, index):
-        """Return the images at an int64 index [n] as a smaller Noise; nothing is sampled yet."""
-        return Noise(self.kind, self.size, self.seed, self.index[index])
-
     def load(self):
         """Return all the images, float32 [N, 3, S, S]."""
         out = torch.empty(self.shape)
-        block = self.index // NOISE_BLOCK
+        block, place = self.index // NOISE_BLOCK, self.index % NOISE_BLOCK
         for b in block.unique().tolist():
             rng = np.random.default_rng([self.seed, *self.kind.encode(), b])
             images = NOISE[self.kind](rng, (NOISE_BLOCK, self.size, self.size, 3))
             images = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
-            out[block == b] = images[self.index[block == b] - b * NOISE_BLOCK]
+            out[block == b] = images[place[block == b]]
         return out
 
     def fingerprint_inputs(self):
@@ -97,9 +88,8 @@ class Noise:
 def blobs(coins):
     """Turn coin tosses, 0/1 [N, S, S, 3], into blobs of colour, float32.
 
-    They are blurred by a Gaussian of 1.5 pixels along all three axes of an image, colour included,
-    and 0 where that is below 0.75. Source: same as the original (skimage's gaussian without a
-    channel axis), to the last bit.
+    They are blurred along all three axes of an image, colour included, and 0 where that is below
+    0.75. Source: same as the original (skimage's gaussian without a channel axis), to the last bit.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -146,9 +136,11 @@ class LoadRequest(NamedTuple):
     seed: int
     download: bool
     workers: int
+    interpolation: str
 
 
-def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True, workers=0):
+def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True, workers=0,
+         interpolation="bilinear"):
     """Read one split of an image set into memory, or find its files: an ImageSet.
 
     Args:
@@ -157,18 +149,17 @@ def load(spec, split, *, data_dir, size, crops=False, seed=0, download=True, wor
         size: side in pixels of noise and of images in files; other sets keep their own size.
         crops: whether the images are for random crops: those of files in memory then keep a short
             side of up to 2.6 * size, so that the narrowest crop has `size` pixels of its own.
-        seed: of the noise sets. download: whether a missing set may be downloaded.
-        workers: image files decoded at a time, as ImageFiles; 0 decodes all of them now.
-
-    Raises a UserError: unknown set, missing or corrupt files, no images; says which and where.
+        seed: of the noise sets. workers: image files decoded at a time, as ImageFiles; 0 decodes
+            all of them now. interpolation: of image files, see image_files.decode.
+    Raises: UserError: unknown set, missing or corrupt files, no images; says which and where.
     """
     name, path = parse_spec(spec)
     if split == "train" and not DATASETS[name].trains:
         raise UserError(f"{name} has no training images; it can only be an outlier set (--ood)")
     root = path or Path(data_dir)
     full_name = name if root == Path(data_dir) else f"{name}:{root}"
-    request = LoadRequest(full_name, root, split, size, crops, seed, download, workers)
-    images = DATASETS[name].load(request)
+    images = DATASETS[name].load(LoadRequest(full_name, root, split, size, crops, seed, download,
+                                             workers, interpolation))
     if not len(images):
         raise UserError(f"{spec}: no images in its {split} split")
     return images
@@ -199,13 +190,13 @@ def parse_spec(spec):
     if path and name not in WITH_PATH:
         raise UserError(f"image set '{spec}': only folder and npz take a path; {name} is looked "
                         "for under --data-dir")
-    return name, Path(path) if path else None
+    return name, Path(os.path.expanduser(path)) if path else None
 
 
 def restrict(images, classes):
     """Return the images of some classes of an ImageSet, relabelled 0, 1, ... in the order given.
 
-    Raises a UserError if the images have no classes, or there are no images of these.
+    Raises: UserError: the images have no classes, or there are none of these.
     """
     known, highest = len(images.class_names or ()), max(classes)
     if not known:
@@ -246,13 +237,22 @@ def to(images, device):
 def fingerprint(pixels, labels):
     """Return the sha256 (hex) of labels and images; of Noise and ImageFiles, of what makes them."""
     digest = hashlib.sha256(usedforsecurity=False)
-    if isinstance(pixels, (Noise, ImageFiles)):
+    if isinstance(pixels, LazyImages):
         text, pixels = pixels.fingerprint_inputs()
         digest.update(text.encode())
     for array in (a.cpu().contiguous().numpy() for a in (labels, pixels)):
         digest.update(f"{array.dtype} {array.shape};".encode())
         digest.update(array)
     return digest.hexdigest()
+
+
+def place(images, data_dir):
+    """Return the path of the file or folder that the images of a set lie in; it need not exist."""
+    if images.paths:
+        return os.path.commonpath([min(images.paths), max(images.paths)])
+    name, _, path = images.name.partition(":")
+    return path or (data_dir if name in WITH_PATH else
+                    os.path.join(data_dir, {"stl": "stl10"}.get(name, name)))
 
 
 def absolute(spec):
@@ -269,16 +269,16 @@ def normalisation(spec, images):
     info = DATASETS[parse_spec(spec)[0]]
     if info.mean is not None:
         return list(info.mean), list(info.std)
-    on_disk, n = isinstance(images.pixels, ImageFiles), len(images)
-    sums, count = torch.zeros(2, 3, dtype=torch.float64), 0
-    index = epoch_order(n, 0, 0)[:MEASURED_FILES] if on_disk else torch.arange(n)
+    sums, count, index = torch.zeros(2, 3, dtype=torch.float64), 0, torch.arange(len(images))
+    if isinstance(images.pixels, ImageFiles):
+        index = epoch_order(len(images), 0, 0)[:MEASURED_FILES]
     for rows in index.split(256):
         x = load_pixels(images.pixels, rows).double() / 255
         sums += torch.stack([y.sum(dim=(0, 2, 3)) for y in (x, x.square())])
         count += x[:, 0].numel()
     mean, square = sums / count
     std = (square - mean**2).clamp(min=0).sqrt()
-    std[std < 1e-6] = 1  # one grey level in all images: nothing to scale
+    std[std < ROUNDING] = 1  # nearly one grey level in all images: nothing to scale
     return [round(v, 4) for v in mean.tolist()], [round(v, 4) for v in std.tolist()]
 
 
@@ -333,12 +333,15 @@ def _official_files(cls, where, split):
 
 def _download(request, where, wanted, download):
     """Let torchvision download and check a set; if it can't, say what to put where."""
-    reason = ""
+    reason, missing = "", [p for p in (where, *where.parents) if not p.exists()]
     if request.download:
         try:
             return download()
         except Exception as error:  # of as many types, and those of the connection
             reason = f", and its download failed ({_first_line(error)})"
+        for folder, *_ in os.walk(missing[-1], topdown=False) if missing else ():
+            with contextlib.suppress(OSError):  # it holds what was downloaded
+                os.rmdir(folder)
     raise UserError(f"{request.name}: not found under {where}{reason}; put {wanted}") from None
 
 
@@ -361,13 +364,13 @@ def _digits(request):
 
 def _noise(request):
     pixels = Noise(request.name, request.size, request.seed)
-    return ImageSet(request.name, pixels, torch.zeros(len(pixels.index), dtype=torch.int64))
+    return ImageSet(request.name, pixels, torch.zeros(NOISE_IMAGES, dtype=torch.int64))
 
 
 def _npz(request):
     """The arrays {split}_images and {split}_labels of one file, as MedMNIST has them.
 
-    Labels are [N] or [N, 1], or left out; the names of classes are 0, 1, ... of both splits.
+    Labels are integers [N] or [N, 1]; the classes are 0, 1, ... of both splits, else none.
     """
     path, key = request.root, f"{request.split}_images"
     if not path.is_file():
@@ -375,7 +378,10 @@ def _npz(request):
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = file.files
-            arrays = {k: file[k] for k in (key, "train_labels", "test_labels") if k in keys}
+            arrays = {k: file[k] for k in [key] if k in keys}
+            for k in {"train_labels", "test_labels"}.intersection(keys):
+                with contextlib.suppress(ValueError):  # of Python's objects: they are not unpickled
+                    arrays[k] = file[k]
     except Exception as error:  # of many types: of files, zip archives, zlib and numpy
         raise UserError(f"npz: cannot read {path} as an .npz file: {_first_line(error)}") from None
     if key not in arrays:
@@ -386,14 +392,19 @@ def _npz(request):
         raise UserError(f"npz: {key} of {path} is {x.dtype} {list(x.shape)}; expected uint8 [N, "
                         "height, width], [N, height, width, 1] or [N, height, width, 3]")
     key, n = f"{request.split}_labels", len(x)
-    if key not in arrays:
+    both = {k: y for k, y in arrays.items() if k.endswith("_labels") and y.dtype.kind in "iu"
+            and (y.ndim == 1 or y.shape[1:] == (1,))}
+    if key not in both:
+        if key in keys:  # most runs never read them: SimCLR's, and outliers of eval_ssd.py
+            y = arrays.get(key, np.array(None))
+            utils.note(f"npz: {key} of {path} is {y.dtype} {list(y.shape)}, no integers [N] or "
+                       "[N, 1]: its images are without classes")
         return ImageSet(request.name, _to_rgb(x), torch.zeros(n, dtype=torch.int64))
-    y = arrays[key]
-    if y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "iu":
+    y = both[key]
+    if len(y) != n:
         raise UserError(f"npz: {key} of {path} is {y.dtype} {list(y.shape)}; expected an integer "
                         f"for each of the {n} images")
-    both = [array for name, array in arrays.items() if name.endswith("_labels")]
-    highest = max((int(b.max()) for b in both if b.size and b.dtype.kind in "iu"), default=0)
+    highest = max((int(b.max()) for b in both.values() if b.size), default=0)
     if n and (y.min() < 0 or highest >= utils.MAX_CLASSES):
         raise UserError(f"npz: {key} of {path} goes from {y.min()} to {highest}; expected classes "
                         f"from 0 to at most {utils.MAX_CLASSES - 1}")
@@ -410,15 +421,22 @@ def _folder(request):
     if not root.is_dir():
         raise UserError(f"folder: no folder {root}")
     splits = [root / s for s in ("train", "test") if (root / s).is_dir()]
-    chosen = root / request.split
-    if not splits and request.split == "test" and request.name != "folder":
-        splits, chosen = [root], root  # an outlier set: all images of the folder
+    chosen, (folders, loose, _) = root / request.split, image_files.list_folder(root)
+    beside = [image for path in folders if splits and Path(path) not in splits
+              for image in image_files.find_images(path)[0]]
+    # An outlier set may be any folder, and one of its classes may be called train or test.
+    is_split = len(splits) == 2 or (splits and not beside)
+    if request.split == "test" and request.name != "folder" and not is_split:
+        splits, chosen = [root], root
+    elif splits and chosen == splits[-1] and (beside := loose + beside):
+        utils.note(f"folder: {len(beside)} images of {root} beside train/ and test/ were not read, "
+                   f"the first {beside[0]}")
     if not chosen.is_dir():
         raise UserError(f"folder: {root} has no folder {request.split}/ with images in it")
-    classes = {split: _classes(split) for split in splits}
-    if not classes[chosen]:
-        return _of_files(request, chosen, {None: image_files.find_images(chosen)})
-    return _of_files(request, chosen, classes[chosen], sorted(set().union(*classes.values())))
+    classes = {split: _classes(split, may_be_flat=True) for split in splits}
+    by_class, others = classes[chosen]
+    names = sorted({name for known, _ in classes.values() for name in known if name is not None})
+    return _of_files(request, chosen, by_class, others, None if None in by_class else names or None)
 
 
 IMAGENET_SPLITS = {"train": "train", "test": "val"}
@@ -430,42 +448,45 @@ def _imagenet(request):
     chosen = root / IMAGENET_SPLITS[request.split]
     if not chosen.is_dir():
         raise UserError(f"imagenet: not found; put its images in {chosen}/CLASS/*.JPEG")
-    names = sorted({d.name for s in IMAGENET_SPLITS.values() for d in _folders(root / s)})
-    by_class = {d.name: image_files.find_images(d) for d in _folders(chosen)}
-    return _of_files(request, chosen, by_class, names)
+    by_class, others = _classes(chosen)
+    names = {os.path.basename(path) for s in IMAGENET_SPLITS.values() if (root / s).is_dir()
+             for path in image_files.list_folder(root / s)[0]}
+    return _of_files(request, chosen, by_class, others, sorted(names))
 
 
-def _of_files(request, root, by_class, names=None):
+def _classes(folder, may_be_flat=False):
+    """({name of a subfolder: its images}, Counter of other files); {None: all} of a flat folder."""
+    folders, loose, others = image_files.list_folder(folder)
+    below = {}
+    for path in folders:
+        images, more = image_files.find_images(path)
+        below |= {os.path.basename(path): images} if images else {}
+        others += more
+    if not (loose and may_be_flat):
+        return below, others
+    if below:
+        utils.note(f"{folder} holds images beside folders of images; all are without classes")
+    return {None: image_files.find_images(folder)[0]}, others
+
+
+def _of_files(request, root, by_class, others, names=None):
     """Make an ImageSet of image files below `root`, {class: [path]}; `names` of all classes."""
     files = [f for found in by_class.values() for f in found]
+    image_files.note_unread(f"{request.name}: {root}", others, len(files))
     if not files:
         place = root if names is None else f"the class folders {root}/CLASS/"
-        suffixes = ", ".join(sorted(image_files.IMAGE_SUFFIXES))
-        raise UserError(f"{request.name}: no images ({suffixes}) in {place}")
+        raise UserError(f"{request.name}: no images ({image_files.SUFFIXES}) in {place}")
     label = {name: i for i, name in enumerate(names or [None])}
     labels = torch.tensor([label[c] for c, found in by_class.items() for _ in found])
+    upright = request.name.partition(":")[0] == "folder"  # named sets are as they were published
+    how = dict(upright=upright, interpolation=request.interpolation)
     if request.workers:
         below = [os.path.relpath(f, root) for f in files]
-        pixels = ImageFiles(root, below, request.size, request.workers)
+        pixels = ImageFiles(root, below, request.size, request.workers, **how)
     else:
         most = math.ceil(request.size / NARROWEST_CROP) if request.crops else request.size
-        pixels = image_files.decode(files, most, request.size)
+        pixels = image_files.decode(files, most, request.size, **how)
     return ImageSet(request.name, pixels, labels, names and tuple(names), tuple(files))
-
-
-def _folders(folder):
-    """The folders in a folder that are not hidden, by name; none where it is missing."""
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(d for d in entries if d.is_dir() and not d.name.startswith("."))
-
-
-def _classes(folder):
-    """{name of a subfolder: its images}, by name; none where images lie in `folder` itself."""
-    below = {d.name: files for d in _folders(folder) if (files := image_files.find_images(d))}
-    without_classes = any(image_files.is_image(entry) for entry in os.scandir(folder))
-    if without_classes and below:
-        utils.note(f"{folder} holds images beside folders of images; all are without classes")
-    return {} if without_classes else below
 
 
 def _texture(request):
@@ -477,8 +498,8 @@ def _texture(request):
 
         wanted = f"the images of dtd-r1.0.1.tar.gz (md5 {DTD._MD5}) in {usual}/CLASS/"
         _download(request, usual, wanted, lambda: DTD(str(request.root), download=True))
-    by_class = _classes(found)
-    images = _of_files(request, found, by_class, list(by_class))
+    by_class, others = _classes(found)
+    images = _of_files(request, found, by_class, others, list(by_class))
     if len(images) != DTD_IMAGES:
         utils.note(f"texture: {found} holds {len(images)} images of {len(by_class)} classes; the "
                    f"whole of DTD, which published numbers are of, has {DTD_IMAGES} of 47")
@@ -520,7 +541,7 @@ def few_shot(labels, k, generator):
     Args: labels: int64 [N]. k: int >= 1. generator: torch.Generator on the CPU.
     Returns: (known, rest), int64 indices that partition 0..N-1; `known` class after class, at
         random within each, `rest` ascending.
-    Raises a ValueError that names a class of k images or fewer.
+    Raises: ValueError: names a class of k images or fewer.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     known = []

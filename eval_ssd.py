@@ -1,38 +1,44 @@
 #!/usr/bin/env python3
-"""Detect outliers by the Mahalanobis distance of their features to clusters of the training ones.
+"""Detect outliers by the distance of their features to the training ones, SSD's or another.
 
     python eval_ssd.py --training-mode SimCLR --arch resnet50 --normalize --ckpt network.pth.tar
     python eval_ssd.py --ckpt results/temp/latest_exp/checkpoint/model_best.pth.tar --clusters 1 10
+    python eval_ssd.py --ckpt network.pth.tar --score ssd tied knn crossval
     python eval_ssd.py --features mine.npz
 
 The first evaluates a published network, the second one of train.py, which says itself how it was
-trained, the third features that someone else extracted. A SupCon network makes it SSD+. Appends a
-line per outlier set to RESULTS/EXP_ssd.txt:
+trained, the third compares scores, the fourth scores features that someone else extracted. A SupCon
+network makes it SSD+. Appends a line per outlier set to RESULTS/EXP_ssd.txt:
 In-data = cifar10, OOD = cifar100, Clusters = 1, FPR95 = 0.5078, AUROC = 0.9063, AUPR = 0.8919
 """
 
 import detection
-import evaluation
 import trainers
 import utils
-from infra import distributed, program, storage
+from infra import distributed, evaluation, program
 from report import exchange, figures
 from report.records import Report
 from utils import UserError, number
 
 # The flags that mean something where features come from a file
-WITH_FEATURES = {"config", "exp_name", "results_dir", "seed", "scores", "plot", "gpu", "clusters",
-                 "training_mode", "features", "export"}
+WITH_FEATURES = {"config", "exp_name", "results_dir", "seed", "scores", "plot", "gpu", "score",
+                 *detection.DEFAULTS, "training_mode", "features", "export"}
 
 
 def parser():
     """Build the command line: the original's flags with its defaults, and ours."""
     p = utils.Parser(description=__doc__)
-    evaluation.add_arguments(p, needs_network=False)
+    evaluation.add_arguments(p)
     group = p.add_argument_group("detection")
+    group.add_argument("--score", choices=list(detection.SCORES), nargs="+", default=["ssd"],
+                       help="one or several: Mahalanobis distance to the nearest cluster (ssd), "
+                       "with one covariance for all (tied), Ledoit and Wolf's (shrunk), or "
+                       "cross-validated eigenvalues (crossval); distance to a neighbour (knn)")
     group.add_argument("--clusters", type=number(int, 1), nargs="+", default=[1], metavar="M",
                        help="clusters of the training features, one or several numbers; of a SupCE "
                        "network the classes are the clusters wherever M is above 1")
+    group.add_argument("--neighbours", type=number(int, 1), nargs="+", default=[50], metavar="K",
+                       help="of knn: which nearest training feature counts")
     group = p.add_argument_group("exchange", "features in a file; docs/features.md has its layout")
     group.add_argument("--features", metavar="FILE.npz",
                        help="score the features in this file instead of a network's")
@@ -43,13 +49,7 @@ def parser():
 def open_source(args):
     """Open the source of features that the flags name: a file, or a network and its images."""
     if args.features is None:
-        if args.ckpt is None:
-            raise UserError("--ckpt FILE is needed, the trained network, or --features FILE.npz")
-        given = {key: getattr(args, key) for key in evaluation.FOREIGN}
-        return evaluation.open_network(
-            args.ckpt, given, args.classes, args.ood, seed=args.seed, workers=args.workers,
-            download=not args.no_download, batch_size=args.batch_size, precision=args.precision,
-            cache_dir=args.cache_dir, feature_store=args.feature_store)
+        return evaluation.open_network(args)
     for key, value in vars(args).items():
         if key not in WITH_FEATURES and value != parser().get_default(key):
             raise UserError(f"--{key.replace('_', '-')} does not go with --features {args.features}"
@@ -67,14 +67,10 @@ def main(argv=None):
     # Source of features, and every image set, so that none is found missing after an hour.
     source = open_source(args)
     train, test, outliers = source.train, source.test, source.outliers
-    mode = trainers.TRAINING_MODES.get(source.training_mode)
+    mode = trainers.TRAINING_MODES.get(source.facts["training_mode"])
     labels = train.labels if mode is not None and mode.label_clusters else None
-    most = max(args.clusters)
-    if labels is not None and most > 1 and train.class_names is None:
-        raise UserError(f"--clusters {most} of a {source.training_mode} network are its classes; "
-                        f"the images of {train.name} have none")
-    if labels is None and most > len(train):
-        raise UserError(f"--clusters {most} is more than the {len(train)} training images")
+    choices = detection.choices(args.score, vars(args))
+    check_settings(args, choices, labels, train)
 
     # Of several processes, the main one does the rest; the others compute their batches of each
     # set, in the order in which it asks for them.
@@ -83,63 +79,57 @@ def main(argv=None):
         for images in (test, *outliers):
             source.features(images)
         return
-    if args.export is not None:
-        storage.check_output_file(args.export, "--export")
-        for flag in ("scores", "features"):
-            if args.export == getattr(args, flag):
-                raise UserError(f"--export and --{flag} are the same file, {args.export}")
     facts = {"data_mode": args.data_mode, **source.facts}
     report = Report(args.results_dir, args.exp_name, "ssd", train=train, test=test, seed=args.seed,
-                    facts=facts, scores=args.scores, plot=args.plot)
+                    facts=facts, scores=args.scores, plot=args.plot,
+                    outputs={"--export": args.export},
+                    inputs={"--config": args.config, **source.inputs})
     export = exchange.Export(args.export)
 
-    # Fit. Features are standardised once, and there is a detector for each number of clusters.
+    # Fit a detector for each score and each value of its setting.
     x = source.features(train, args.data_mode)  # [N, D]
     export.add(train, x, key="train")
-    detectors = detection.fit_each(x, args.clusters, labels, args.seed, utils.device())
+    detectors = {choice: choice.fit(x, labels, args.seed, utils.device()) for choice in choices}
     del x  # of all sets together, no more than one is in memory
-    for m, detector in detectors.items():
-        note_singular(m, detector)
+    for choice, detector in detectors.items():
+        for remark in detector.remarks():
+            utils.note(f"{choice}: {remark}")
 
     # Score the test images once, and each outlier set; larger is more outlying.
-    x = source.features(test)
-    test_scores = detection.score_each(detectors, x)
-    export.add(test, x, test_scores, "test")
-    single, shares = detectors.get(1) if args.plot else None, {}
-    if single is not None:
-        eigenvalues, axes = single.gaussians[0].directions()
-        shares[test.name] = spectrum_share(single, axes, x)
-    for ood in outliers:
-        x = source.features(ood)
+    single, shares = detectors.get(detection.Choice("ssd", 1)) if args.plot else None, {}
+    eigenvalues, axes = single.gaussians[0].directions() if single else (None, None)
+    for images in (test, *outliers):
+        x = source.features(images)
         scores = detection.score_each(detectors, x)
-        export.add(ood, x, scores)
-        if single is not None:
-            shares[ood.name] = spectrum_share(single, axes, x)
-        for m in detectors:
-            report.add(test_scores[m], ood, scores[m], clusters=m,
-                       panel=f"{test.name}, {m} cluster{'s' * (m > 1)}")
-    if single is not None:
+        export.add(images, x, scores, "test" if images is test else None)
+        if single:
+            share = single.gaussians[0].along(single.standardize(x), axes)
+            shares[images.name] = share.cpu().numpy()
+        if images is test:
+            test_scores = scores
+            continue
+        for choice in detectors:
+            report.add(test_scores[choice], images, scores[choice], choice=choice)
+    if single:
         report.plot("spectrum", figures.spectrum, eigenvalues.cpu().numpy(), shares, test.name)
     report.written += export.close(test.name, facts)
     report.close()
 
 
-def spectrum_share(detector, axes, x):
-    """Return the mean squared coordinates of features [N, D] along axes of a Gaussian: [rank]."""
-    return detector.gaussians[0].along(detector.standardize(x), axes).cpu().numpy()
-
-
-def note_singular(m, detector):
-    """Note covariances that leave directions out, which makes scores depend on the cut."""
-    short = [g for g in detector.gaussians if g.rank < len(g.mean)]
-    if short:
-        lowest = min(short, key=lambda g: g.rank)
-        utils.note(f"clusters {m}: {len(short)} of {len(detector.gaussians)} covariances are "
-                   f"singular (lowest rank {lowest.rank} of {len(lowest.mean)}, from {lowest.n} "
-                   "images); distance counts only in the directions they span")
-    if detector.left_out:
-        utils.note(f"clusters {m}: clusters without extent, of {detector.left_out} images in all, "
-                   "are left out of the minimum: every image would score 0 there")
+def check_settings(args, choices, labels, train):
+    """Stop if no score has a setting that was given, or the training images are too few for one."""
+    used = {detection.SCORES[score].setting for score in args.score}
+    for flag, default in detection.DEFAULTS.items():
+        if getattr(args, flag) != [default] and flag not in used:
+            raise UserError(f"--{flag} is no setting of --score {' '.join(args.score)}")
+    for score, value in choices:
+        flag = detection.SCORES[score].setting
+        if flag == "clusters" and labels is not None:
+            if value > 1 and train.class_names is None:
+                raise UserError(f"--clusters {value} of a classifier are its classes; the images of"
+                                f" {train.name} have none")
+        elif flag and value > len(train):
+            raise UserError(f"--{flag} {value} is more than the {len(train)} training images")
 
 
 if __name__ == "__main__":

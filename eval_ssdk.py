@@ -11,9 +11,8 @@ Appends a line per outlier set to RESULTS/EXP_ssdk.txt, of the form of eval_ssd.
 
 import data
 import detection
-import evaluation
 import utils
-from infra import distributed, program
+from infra import distributed, evaluation, program
 from report.records import Report
 from utils import UserError, number
 
@@ -22,27 +21,23 @@ def parser():
     """Build the command line: the original's flags with its defaults, and ours."""
     p = utils.Parser(description=__doc__)
     evaluation.add_arguments(p)
-    group = p.add_argument_group("detection")
-    group.add_argument("--k", type=number(int, 1), default=1,
-                       help="known outliers of each class of an outlier set")
-    group.add_argument("--copies", type=number(int, 1), default=10,
-                       help="augmented copies of each known outlier")
-    group.add_argument("--clusters", type=number(int, 1), default=1, metavar="M",
-                       help="must be 1: SSDk has a single cluster, as in the original")
+    add = p.add_argument_group("detection").add_argument
+    add("--k", type=number(int, 1), default=1,
+        help="known outliers of each class of an outlier set")
+    add("--copies", type=number(int, 1), default=10, help="augmented copies of each known outlier")
+    add("--clusters", type=number(int, 1), default=1, metavar="M",
+        help="must be 1: SSDk has a single cluster, as in the original")
     return p
 
 
-def split_known(outliers, k, seed):
-    """Divide each outlier set into k known images of each class and the rest: [(known, rest)]."""
-    splits = []
-    for ood in outliers:
-        generator = utils.generator(seed, "known", ood.name.partition(":")[0])
-        try:
-            known, rest = data.few_shot(ood.labels, k, generator)
-        except ValueError as error:
-            raise UserError(f"--k {k} takes a whole class of {ood.name}: {error}") from None
-        splits.append((ood.subset(known), ood.subset(rest)))
-    return splits
+def split_known(ood, k, seed):
+    """Divide an outlier set into k known images of each class and the rest."""
+    generator = utils.generator(seed, "known", ood.name.partition(":")[0])
+    try:
+        known, rest = data.few_shot(ood.labels, k, generator)
+    except ValueError as error:
+        raise UserError(f"--k {k} takes a whole class of {ood.name}: {error}") from None
+    return ood.subset(known), ood.subset(rest)
 
 
 def main(argv=None):
@@ -54,13 +49,9 @@ def main(argv=None):
         utils.note("--gpu does nothing")
 
     # The network as it was trained, every image set, and which outliers are known.
-    given = {key: getattr(args, key) for key in evaluation.FOREIGN}
-    source = evaluation.open_network(
-        args.ckpt, given, args.classes, args.ood, seed=args.seed, download=not args.no_download,
-        workers=args.workers, batch_size=args.batch_size, precision=args.precision,
-        cache_dir=args.cache_dir, feature_store=args.feature_store)
+    source = evaluation.open_network(args)
     train, test = source.train, source.test
-    splits = split_known(source.outliers, args.k, args.seed)
+    splits = [split_known(ood, args.k, args.seed) for ood in source.outliers]
 
     # Of several processes, the main one does the rest; the others compute their batches of each
     # set, in the order in which it asks for them.
@@ -74,7 +65,8 @@ def main(argv=None):
     report = Report(
         args.results_dir, args.exp_name, "ssdk", train=train, test=test, seed=args.seed,
         facts={**source.facts, "data_mode": args.data_mode, "k": args.k, "copies": args.copies},
-        scores=args.scores, plot=args.plot)
+        scores=args.scores, plot=args.plot,
+        inputs={"--config": args.config, **source.inputs})
 
     # Fit the Gaussian of the in-distribution images, once.
     detector = detection.SSDk.fit(source.features(train, args.data_mode), utils.device())
@@ -91,8 +83,8 @@ def main(argv=None):
         x = source.features(rest)
         report.add(
             detector.score(x_test, gaussian, inside=test_distance), rest,
-            detector.score(x, gaussian), clusters=1, against=rest.name,
-            panel=f"{rest.name}, {args.k} known of each class",
+            detector.score(x, gaussian), choice=detection.Choice("ssd", 1), against=rest.name,
+            detector=f"ssdk, {args.k} known of each class",
             fields={"n_known": len(known), "known_rank": gaussian.rank})
     report.close()
 

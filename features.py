@@ -38,6 +38,7 @@ class FeatureSettings:
     mean: tuple | None = None  # normalisation constants by channel on the [0, 1] scale
     std: tuple | None = None
     mode: str = "base"  # augmentation of the images: "base" (resize), "org" or "ssl"
+    interpolation: str = "bilinear"  # of "base"; "bicubic" is what some pretrained encoders want
     seed: int = 0  # of the augmentation; with the set and the copy it decides every draw
     # "ssl" copies of each "base" image, as the original's known outliers of SSDk; None: no copies
     copies: int | None = None
@@ -60,13 +61,11 @@ def default_batch_size(device):
 def extract(network, images, settings, shared=False):
     """Compute the features of every image of a set, or of augmented copies of each.
 
-    Args:
-        network: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it was.
-        images: data.ImageSet of N images. settings: FeatureSettings.
-        shared: whether all processes call this, with the same arguments, and share the work.
-
-    Returns: float32 tensor [N, D] on the CPU; [copies * N, D], copy after copy of the whole set.
-        With `shared` the main process has it and the others None.
+    Args: network: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it
+        was. images: data.ImageSet of N images. settings: FeatureSettings. shared: whether all
+        processes call this, with the same arguments, and share the work.
+    Returns: float32 [N, D] on the CPU; [copies * N, D], copy after copy of the whole set. With
+        `shared` the main process has it and the others None.
     """
     return _concatenate(_feature_batches(network, images, settings, shared), settings.rows(images))
 
@@ -96,18 +95,17 @@ def _feature_batches(network, images, settings, shared):
         return
     if tuple(images.pixels.shape[2:]) != (settings.size, settings.size):
         pixels = data.load_pixels(images.pixels, torch.arange(len(images)))
-        images = replace(images, pixels=augment.apply_base(pixels, settings.size))
+        images = replace(images, pixels=augment.apply_base(
+            pixels, settings.size, interpolation=settings.interpolation))
     for copy in range(settings.copies):
         yield from one_pass(network, images, replace(settings, mode="ssl"), copy)
 
 
 def _shared_pass(network, images, settings, copy=0):
     """Yield what _pass does, a round of batches at a time; only on the main process."""
-    n, size = distributed.world_size(), settings.batch_size
+    n, size, width = distributed.world_size(), settings.batch_size, None
     own = _pass(network, images, settings, copy, slice(distributed.rank(), None, n))
-    width = None
-    starts = range(0, len(images), n * size)
-    for start, batch in itertools.zip_longest(starts, _one_ahead(own)):
+    for start, batch in itertools.zip_longest(range(0, len(images), n * size), _one_ahead(own)):
         if width is None:  # a process without a batch cannot know it
             width = distributed.broadcast_object(None if batch is None else batch.shape[1])
         rows = torch.zeros(size, width)
@@ -135,20 +133,17 @@ def _pass(network, images, settings, copy=0, part=slice(None)):
         mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (mean, std))
     # Sampled for the whole set, so that the batch size changes no draw; nothing for "base".
     generator = utils.generator(settings.seed, settings.mode, _kind(images), copy)
-    params = None
-    if settings.mode == "ssl":
-        params = augment.sample_ssl(len(images), *images.pixels.shape[2:], generator)
-    elif settings.mode == "org":
-        params = augment.sample_org(len(images), generator)
+    params = None if settings.mode == "base" else augment.sample_views(
+        settings.mode, 1, len(images), slice(None), *images.pixels.shape[2:], generator)
     was_training = network.training
     network.eval()
     for rows, pixels in _prefetch(images, settings.batch_size, part, device):
         with torch.inference_mode():
             if params is None:
-                x = augment.apply_base(pixels, settings.size, mean, std)
+                x = augment.apply_base(pixels, settings.size, mean, std, settings.interpolation)
             else:
-                apply, own = augment.AUGMENTATIONS[settings.mode], augment.subset(params, rows)
-                x = apply(pixels, own, settings.size, mean, std)
+                x = augment.AUGMENTATIONS[settings.mode](
+                    pixels, augment.subset(params, rows), settings.size, mean, std)
             with utils.autocast(device, settings.precision):
                 batch = network(x).float()
         yield batch
@@ -180,11 +175,11 @@ def _prefetch(images, batch_size, part, device):
 
 def _concatenate(batches, n):
     """Rows [n, D] on the CPU of batches [B, D] from anywhere; None without batches."""
-    out, end = None, 0
+    out, start = None, 0
     for batch in batches:
         out = torch.empty(n, batch.shape[1]) if out is None else out
-        start, end = end, end + len(batch)
-        out[start:end] = batch
+        out[start : start + len(batch)] = batch
+        start += len(batch)
     return out
 
 
@@ -228,8 +223,7 @@ class FeatureCache:
     """Features of one network on disk: FOLDER/WEIGHTS/SET-KEY.npy, and a .json that says of what.
 
     Nothing that goes wrong with it is an error: a file that is damaged or about something else is
-    reported, computed again and replaced; a place that cannot be written to is reported once. The
-    folder is made when something is to be written.
+    reported, computed again and replaced; a place that cannot be written to is reported once.
     """
 
     flag = "--cache-dir"
@@ -243,10 +237,10 @@ class FeatureCache:
     def key(self, images, settings):
         """Return what decides features to the last bit: a dict of JSON's types.
 
-        Not in it: paths, names of classes, and the seed where nothing is augmented. Batch size,
-        device and torch version decide only rounding, but a cache must change no bit of a number.
+        Not in it: paths, names of classes, and the seed where nothing is augmented.
         """
         augmented = settings.mode != "base" or settings.copies is not None
+        # Batch size, machine and torch decide only rounding, but a cache must change no bit.
         machine = f"cpu {torch.backends.cpu.get_cpu_capability()}"
         if self._device.type == "cuda":
             machine = torch.cuda.get_device_name(self._device)
@@ -288,7 +282,7 @@ class FeatureCache:
             return DiskFeatures(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             utils.note(f"features of {images.name}: {path} cannot be used ({error}); computed "
                        "again")
             return None
@@ -300,6 +294,8 @@ class FeatureCache:
         about, n = path.with_suffix(".json"), settings.rows(images)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in self.folder.iterdir():  # of other networks too: their files are large
+                storage.sweep(folder)
             about.unlink(missing_ok=True)  # it must not speak for the new array
             with storage.atomic_write(path) as file:
                 for i, batch in enumerate(batches):
@@ -319,8 +315,7 @@ class FeatureCache:
 class FeatureStore(FeatureCache):
     """A FeatureCache whose features are written as they are computed and never in memory whole.
 
-    A folder that cannot be written to is a UserError here, a file a RunError: there is no other
-    place for the features.
+    Raises: UserError: a folder that cannot be written to. RunError: such a file.
     """
 
     flag = "--feature-store"

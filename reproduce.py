@@ -32,6 +32,7 @@ from typing import NamedTuple
 import filelock
 
 import utils
+from detection import Choice
 from infra import program, runs, storage
 from report import figures, page, tables
 from report.records import read_records
@@ -49,7 +50,8 @@ def parser():
     p = utils.Parser(description=__doc__)
     add = p.add_argument
     add("table", metavar="TABLE", help=f"{', '.join(tables.names())}, or a .yaml file")
-    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="networks of each row")
+    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N",
+        help="networks of each row that is trained")
     add("--only", nargs="+", metavar="ROW", help="run these rows of the table only")
     add("--results-dir", default="results/tables", help="where networks and tables are written")
     add("--data-dir", help="where image sets are (default: as the programs' own)")
@@ -57,8 +59,9 @@ def parser():
     add("--sets", nargs="+", metavar="NAME=PATH", help="your outlier sets: folders, .npz files")
     add("--override", nargs="+", metavar="FLAG=VALUE", help="flags of every training, as epochs=1")
     add("--readme", metavar="FILE.md", help="also write the table between its markers here")
+    add("--dry-run", action="store_true",
+        help="write nothing: print commands and their states, with --slurm what would be submitted")
     add = p.add_mutually_exclusive_group().add_argument
-    add("--dry-run", action="store_true", help="print commands and their states, write nothing")
     add("--slurm", action="store_true", help="submit what is missing with sbatch, and end")
     add("--report", action="store_true", help="run nothing, write what is there")
     return p
@@ -72,18 +75,16 @@ class Job(NamedTuple):
     words: list  # the command less its python
     identity: dict  # the settings that the numbers depend on
     seed: int
-    network: Path | None = None  # folder of the training whose network is evaluated
+    network: Path | None = None  # folder of the training whose network is evaluated, if it is ours
     row: str = ""
-    records: Path | None = None
-    places: dict | None = None  # {(set, clusters) of a record: (row, set, clusters) in the table}
+    records: Path | None = None  # of an evaluation
+    places: dict | None = None  # {(set, Choice) of a record: (row, set, Choice) in the table}
 
 
 def plan(table, seeds, results, overrides, sets, where):
     """List the jobs of a table, each network once, before the evaluations that need it.
 
-    Args:
-        table: see `tables.read`. seeds: networks of each row. overrides: flags of every training.
-        sets: {outlier set that the user has: (its name for --ood, a digest of its files)}.
+    Args: table: see `tables.read`. overrides: flags of every training. sets: see `_user_sets`.
         where: words of a command line that say where image sets are.
     """
     jobs = {}
@@ -92,34 +93,43 @@ def plan(table, seeds, results, overrides, sets, where):
         for ood in row["eval"]["ood"]:
             if ood in sets or "needs" not in table["sets"].get(ood, {}):
                 groups.setdefault(f"-{ood}" if ood in sets else "", []).append(ood)
-        if not groups:
+        if not groups or ("encoder" in row and seed > 1):  # others trained it, and only one
             continue
-        flags, recipe = row["train"] | overrides, HERE / row["train"]["config"]
-        settings = {str(key): value for key, value in (utils.read_yaml(recipe) | flags).items()
-                    if key not in NOT_IN_IDENTITY}
-        kind = "-".join([recipe.stem, *(f"{k}{v}" for k, v in flags.items() if k != "config")])
-        kind = re.sub(r"[^A-Za-z0-9_.-]+", "_", kind)
-        home = network = results / "networks" / f"{kind}-{_digest(settings)}-seed{seed}"
-        words = [os.path.relpath(HERE / "train.py"), "--config", os.path.relpath(recipe),
-                 *_words(flags), "--seed", str(seed), "--exp-name", home.name,
-                 "--results-dir", str(home.parent), *where]
-        jobs[home] = Job(f"train {kind}, seed {seed}", home, words, settings, seed)
+        network, source = None, ["--encoder", row.get("encoder")]
+        if "train" in row:
+            training = _training(row["train"] | overrides, seed, results, where)
+            jobs[training.home], network = training, training.home
+            source = ["--ckpt", str(network / NETWORK)]
         for draw, (alone, ood) in product(range(1, row["draws"] + 1), groups.items()):
             specs = {sets.get(o, [o])[0]: o for o in ood}
-            identity = {"network": network.name, **row["eval"],
+            identity = {"network": network.name if network else row["encoder"], **row["eval"],
                         "ood": {o: sets.get(o, [o])[-1] for o in ood}}
             which = [f"seed {seed}"] + [f"draw {draw}"] * (row["draws"] > 1)
             home = "-".join([name + alone, _digest(identity), *which]).replace(" ", "")
             home, script = results / table["name"] / home, tables.METHODS[row["eval"]["method"]]
-            words = [os.path.relpath(HERE / script), "--ckpt", str(network / NETWORK),
+            words = [os.path.relpath(HERE / script), *source,
                      "--ood", *specs, *_words(row["eval"]), "--plot",
                      "--seed", str(draw if row["draws"] > 1 else seed), "--exp-name", name,
                      "--cache-dir", str(results / "features"), "--results-dir", str(home), *where]
-            places = {(s, m): (name, o, m) for s, o in specs.items() for m in row["clusters"]}
+            places = {(s, c): (name, o, c) for s, o in specs.items() for c in row["choices"]}
             records = home / f"{name}_{row['eval']['method']}.jsonl"
             jobs[home] = Job(", ".join([f"evaluate {name}{alone}", *which]), home, words, identity,
                              seed, network, name, records, places)
     return list(jobs.values())
+
+
+def _training(flags, seed, results, where):
+    """The job that trains the network of a row, {"config": its recipe, flag: value}."""
+    recipe = HERE / flags["config"]
+    settings = {str(key): value for key, value in (utils.read_yaml(recipe) | flags).items()
+                if key not in NOT_IN_IDENTITY}
+    kind = "-".join([recipe.stem, *(f"{k}{v}" for k, v in flags.items() if k != "config")])
+    kind = re.sub(r"[^A-Za-z0-9_.-]+", "_", kind)
+    home = results / "networks" / f"{kind}-{_digest(settings)}-seed{seed}"
+    words = [os.path.relpath(HERE / "train.py"), "--config", os.path.relpath(recipe),
+             *_words(flags), "--seed", str(seed), "--exp-name", home.name,
+             "--results-dir", str(home.parent), *where]
+    return Job(f"train {kind}, seed {seed}", home, words, settings, seed)
 
 
 def _words(flags):
@@ -139,14 +149,22 @@ def _digest(content):
 
 def state(job):
     """Return how far a job has come: done, unfinished (broken off, or running now) or to do."""
-    if job.network is None:
+    if job.records is None:
         is_done = runs.is_finished(job.home / "latest_exp")
     else:
-        found = {(r.get("ood"), r.get("clusters")) for r in read_records(job.records)}
+        found = _measured(job)
         last = job.records.with_name(f"{job.records.stem}_precision_recall.png")
-        is_done = job.places.keys() <= found and last.is_file()
+        is_done = job.places.keys() <= found.keys() and last.is_file()
     started = job.home.is_dir() and any(path.name != LOCK for path in job.home.iterdir())
     return "done" if is_done else "unfinished" if started else "to do"
+
+
+def _measured(job):
+    """{(outlier set, Choice): last record} of an evaluation, without what is no record of one."""
+    return {(r["ood"], Choice.of(r)): r for r in read_records(job.records)
+            if isinstance(r.get("ood"), str) and isinstance(r.get("score", ""), str)
+            and isinstance(Choice.of(r).value, int | None)
+            and all(isinstance(r.get(metric, 0.0), float) for metric in tables.METRICS)}
 
 
 def commit():
@@ -161,8 +179,8 @@ def commit():
 
 def commit_of(job):
     """Return the commit that a job was last started with."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((job.home / "identity.json").read_text(encoding="utf-8"))["commit"]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        return str(json.loads((job.home / "identity.json").read_text(encoding="utf-8"))["commit"])
     return "unknown"
 
 
@@ -178,10 +196,22 @@ def _write(path, text):
 
 def listing(jobs):
     """Return the commands of jobs, each below a comment that says how far it has come."""
-    return "".join(
-        f"# {job.title}: {now}" + f", commit {commit_of(job)}" * (now != "to do") + "\n"
-        + "# " * (now == "done") + shlex.join(["python", *job.words]) + "\n"
-        for job in jobs for now in [state(job)])
+    text = ""
+    for job in jobs:
+        now, command = state(job), shlex.join(["python", *job.words])
+        said = f"{job.title}: {now}"
+        said += f", commit {commit_of(job)}{_took(job)}" * (now != "to do")
+        text += f"# {' '.join(said.split())}\n"
+        # An argument may hold the end of a line: a shell would run what comes after it.
+        text += ("# " + command.replace("\n", "\n# ") if now == "done" else command) + "\n"
+    return text
+
+
+def _took(job):
+    """How long a training, or the last run of an evaluation, took, as far as it has come."""
+    seconds = [record["seconds"] for record in read_records(
+        job.records or job.home / "latest_exp/log.jsonl") if "seconds" in record]
+    return f", {seconds[-1] if job.records else sum(seconds):.0f} s" if seconds else ""
 
 
 def run_all(jobs):
@@ -194,7 +224,7 @@ def run_all(jobs):
                 raise Stopped(f"stopped by {Signals(stop.number).name}; the same command continues")
             if why:
                 failed[job.home] = why
-            print(f"{job.title}: {why or 'done'}", flush=True)
+            utils.say(f"{job.title}: {why or 'done'}")
     return failed
 
 
@@ -209,7 +239,7 @@ def _attempt(job, stop):
             if state(job) == "done":
                 return ""
             _write_identity(job)
-            print(f"\n$ {shlex.join(['python', *job.words])}", flush=True)
+            utils.say(f"\n$ {shlex.join(['python', *job.words])}")
             # In its own session, or Ctrl-C would reach it twice: from the terminal and from here
             with subprocess.Popen([sys.executable, *job.words], start_new_session=True) as child:
                 while child.poll() is None and not stop.number:
@@ -222,12 +252,14 @@ def _attempt(job, stop):
     return ""
 
 
-def submit(jobs):
-    """Submit what is not in the queue with sbatch; an evaluation waits for its training."""
-    if shutil.which("sbatch") is None or Path.cwd() != HERE:
+def submit(jobs, dry_run=False):
+    """Submit, or in a dry run show, what is not in the queue; evaluations wait for trainings."""
+    if not dry_run and (shutil.which("sbatch") is None or Path.cwd() != HERE):
         raise UserError(f"--slurm needs sbatch on PATH, and to be typed in {HERE}")
-    queue = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %j"], text=True,
-                           stdout=subprocess.PIPE, check=False).stdout
+    queue = ""
+    if shutil.which("squeue") is not None:  # a dry run may be elsewhere
+        queue = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %j"], text=True,
+                               stdout=subprocess.PIPE, check=False).stdout
     numbers = dict(line.strip().split(" ", 1)[::-1] for line in queue.splitlines())
     for job in jobs:
         if job.home.name in numbers:
@@ -237,9 +269,12 @@ def submit(jobs):
         if job.network and job.network.name in numbers:
             command += [f"--dependency=afterok:{numbers[job.network.name]}",
                         "--kill-on-invalid-dep=yes"]
-        command += (["slurm/eval.sbatch", *job.words] if job.network else
+        command += (["slurm/eval.sbatch", *job.words] if job.records else
                     ["slurm/train.sbatch", *job.words[1:]])
-        print(f"$ {shlex.join(command)}", flush=True)
+        utils.say(f"$ {shlex.join(command)}")
+        if dry_run:
+            numbers[job.home.name] = f"NUMBER_OF_{job.home.name}"
+            continue
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise RunError(f"sbatch did not take {job.title}")
@@ -250,28 +285,32 @@ def submit(jobs):
 
 
 def measure(jobs):
-    """Collect the records of done evaluations: {(row, outlier set, clusters): {seed: [record]}}."""
+    """Collect the records of done evaluations: {(row, outlier set, Choice): {seed: [record]}}."""
     found = {}
-    for job in (job for job in jobs if job.network and state(job) == "done"):
-        last = {(r.get("ood"), r.get("clusters")): r for r in read_records(job.records)}
+    for job in (job for job in jobs if job.records and state(job) == "done"):
+        last = _measured(job)
         for key, place in job.places.items():
             found.setdefault(place, {}).setdefault(job.seed, []).append(last[key])
     return found
 
 
 def write_report(table, jobs, lines, remarks, home):
-    """Write table.md, table.csv and index.html."""
+    """Write table.md, table.csv and index.html, with remarks, sentences, below the table."""
     storage.make_output_folder(home / "figures", "--results-dir")
-    drawn = {job.title: sorted(job.home.glob("*.png")) for job in jobs}
+    drawn = {job.title: {path.stem.removeprefix(f"{job.records.stem}_"): path
+                         for path in sorted(job.home.glob("*.png"))} for job in jobs if job.records}
     for job in jobs:
         log = read_records(job.home / "latest_exp/log.jsonl")
         if any(record.get("event") == "epoch" for record in log):
-            drawn[job.title] = [home / "figures" / f"{job.home.name}.png"]
-            figures.training_curves(log, *drawn[job.title])
-    below = "".join(f"\n{remark}\n" for remark in remarks)
+            drawn[job.title] = {"training": home / "figures" / f"{job.home.name}.png"}
+            figures.training_curves(log, drawn[job.title]["training"])
+    below = "".join(f"\n{tables.plain(remark)}\n" for remark in remarks)
     _write(home / "table.md", tables.markdown(table, lines) + below)
     _write(home / "table.csv", tables.as_csv(lines))
-    _write(home / "index.html", page.html(table, lines, remarks, listing(jobs), drawn))
+    columns, rows, notes = tables.grid(table, lines)
+    _write(home / "index.html", page.fill(
+        "table", table=table, columns=columns, rows=rows, notes=notes, remarks=remarks,
+        commands=listing(jobs), figures=drawn))
 
 
 def split_readme(path, name):
@@ -299,7 +338,7 @@ def _user_sets(given, table):
     tables.check_known("--sets", given, known)
     found = {}
     for name, path in given.items():
-        path = Path(path).resolve()
+        path = Path(os.path.expanduser(path)).resolve()
         kind = "folder" if path.is_dir() else path.suffix[1:]
         if kind not in ("folder", "npz") or not path.exists():
             raise UserError(f"--sets {name}={path}: expected a folder or an .npz file")
@@ -324,10 +363,13 @@ def main(argv=None):
                  for key, value in _pairs("--override", args.override).items()}
     if overrides.keys() & {"seed", *NOT_IN_IDENTITY}:
         raise UserError("--override: not for seed, places and flags that decide no number")
-    sets = _user_sets(_pairs("--sets", args.sets), table)
+    given = _pairs("--sets", args.sets)
+    sets = _user_sets(given, table)
     where = ["--data-dir", args.data_dir] if args.data_dir else []
     where += ["--no-download"] * args.no_download
     jobs = plan(table, args.seeds, results, overrides, sets, where)
+    if overrides and all(job.records for job in jobs):
+        raise UserError(f"--override: {table['path']} trains nothing")
     needed = {job.network for job in jobs if job.row in rows}
     chosen = [job for job in jobs if job.row in rows or job.home in needed]
     for job in chosen:
@@ -336,15 +378,21 @@ def main(argv=None):
             utils.parse_args(script.parser(), job.words[1:])
         except UserError as error:
             raise UserError(f"{table['path']}, {job.title}: {error}") from None
+    missing = [job for job in chosen if args.slurm and state(job) != "done"]
     if args.dry_run:
-        return print(listing(chosen), end="")
+        return submit(missing, dry_run=True) if args.slurm else print(listing(chosen), end="")
+    home = results / (table["name"] + f"-override-{_digest(overrides)}" * bool(overrides))
+    storage.check_outputs(
+        {"--results-dir": [home / name for name in ("table.md", "table.csv", "index.html")],
+         "--readme": args.readme},
+        {"TABLE": table["path"], "--config": args.config, "--sets": [*given.values()]})
     if args.slurm:
         storage.make_output_folder(results, "--results-dir")
         with filelock.FileLock(results / LOCK):  # or two commands would submit a training twice
-            return submit([job for job in chosen if state(job) != "done"])
+            return submit(missing)
 
     failed = {} if args.report else run_all(chosen)
-    lines, home = tables.lines(table, measure(jobs)), results / table["name"]
+    lines = tables.lines(table, measure(jobs))
     done = [job for job in jobs if state(job) == "done"]
     remarks = [f"Left out: {facts['label']}, {facts['needs']} (--sets {ood}=PATH)."
                for ood, facts in table["sets"].items() if "needs" in facts and ood not in sets]
@@ -360,7 +408,7 @@ def main(argv=None):
     width = shutil.get_terminal_size((100, 24)).columns
     print("", textwrap.fill(table["about"], width), "", tables.text(table, lines, width), *remarks,
           "", f"page      {home / 'index.html'} (and table.md, table.csv)", sep="\n")
-    print(*(f"records   {job.home} (and figures)" if job.network else
+    print(*(f"records   {job.home} (and figures)" if job.records else
             f"network   {job.home / NETWORK}" for job in done), sep="\n")
     if failed:
         raise RunError(f"{len(failed)} of {len(chosen)} jobs failed: "

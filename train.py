@@ -2,7 +2,7 @@
 """Train one network on images: SimCLR (no labels), SupCon or SupCE (labels).
 
     python train.py --training-mode SimCLR --dataset cifar10 --normalize --warmup
-    python train.py --dataset digits --arch resnet18 --size 8 --epochs 20 --batch-size 128 --lr 0.1
+    python train.py --config configs/digits_simclr.yaml
 
 The first is the paper's recipe (ResNet-50, 510 epochs); the second trains for minutes on a CPU.
 Writes RESULTS/EXP/N--dataset-D-arch-A-lr-L_epochs-E/ with setup.log, log.jsonl and checkpoint/.
@@ -48,7 +48,7 @@ def parser():
     add("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
 
     add = p.add_argument_group("network").add_argument
-    add("--training-mode", choices=list(trainers.TRAINING_MODES), default="SimCLR",
+    add("--training-mode", choices=list(trainers.TRAINING_MODES), required=True,
         help="the loss: without labels, with labels, cross-entropy")
     add("--arch", choices=list(models.ARCHITECTURES), default="resnet50", help="the encoder")
     add("--num-classes", type=number(int, 1),
@@ -165,7 +165,8 @@ def load_weights(network, args):
     for key in ("size", "normalize", "dataset"):
         now = getattr(args, key)
         before = config.get(key, now) if isinstance(config, dict) else now
-        if str(before).partition(":")[0] != str(now).partition(":")[0]:
+        if isinstance(before, type(now)) and (
+                str(before).partition(":")[0] != str(now).partition(":")[0]):
             utils.note(f"--ckpt {args.ckpt} was trained with {key} {before}, this is {key} {now}")
 
 
@@ -211,9 +212,9 @@ def main(argv=None):
         "in_files": isinstance(train.pixels, ImageFiles),  # their crops are others than in memory
         "constants": args.mean and [args.mean, args.std],  # measured ones follow from the images
     }
-    run = runs.open_run(
-        args.results_dir, args.exp_name, config, hashes, resume=not args.no_resume,
-        label=f"dataset-{name}-arch-{args.arch}-lr-{args.lr}_epochs-{args.epochs}")
+    run = runs.open_run(args.results_dir, args.exp_name, config, hashes, resume=not args.no_resume,
+                        fits=functools.partial(trainers.fits, network, optimizer),
+                        label=f"dataset-{name}-arch-{args.arch}-lr-{args.lr}_epochs-{args.epochs}")
     progress = trainers.restore_training(run.saved, network, optimizer, device)
     steps = math.ceil(len(train) / args.batch_size)  # of an epoch; the last batch may be partial
     warmup_epochs = trainers.WARMUP_EPOCHS if args.warmup else 0
@@ -241,7 +242,8 @@ def main(argv=None):
         for epoch in range(progress.epoch, warmup_epochs + args.epochs):
             logged, began = epoch - warmup_epochs, time.perf_counter()
             with trainers.Epoch(train_step, epoch, args.batch_size, f"epoch {logged}",
-                                progress.step, progress.losses) as batches:
+                                progress.step, progress.losses,
+                                warmup_epochs + args.epochs) as batches:
                 for step, batch in batches:
                     # Train. The host does not wait for the device here.
                     lr, momentum = lr_and_momentum(epoch * steps + step)

@@ -6,11 +6,14 @@
 """
 
 import argparse
+import collections
 import contextlib
 import math
 import operator
 import os
 import platform
+import re
+import reprlib
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +41,20 @@ def note(text):
             print(f"{Path(sys.argv[0]).name}: note: {text}", file=sys.stderr, flush=True)
 
 
+def say(text):
+    """Print a line on stdout and go on where that fails; a pipe without a reader has had enough."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            note(f"stdout cannot be written to: {error.strerror}")
+
+
+def is_name(text):
+    """Tell whether text can name a file: no NUL, no surrogate but those of the names of files."""
+    return not re.search("[\0\ud800-\udc7f\udd00-\udfff]", text)
+
+
 # --- configuration --------------------------------------------------------------------------------
 
 
@@ -62,13 +79,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse_args(parser, argv=None):
-    """Parse a command line whose defaults a --config file may replace.
+    """Parse a command line whose defaults a --config file may replace: an argparse.Namespace.
 
     Args: parser: a Parser; changed. argv: list of words; None is sys.argv[1:].
-    Returns: argparse.Namespace. A key of the file is the name of a flag, with - or _.
     Raises: UserError: names the flag, or the file and its key, and what is allowed.
     """
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    for word in argv:  # argparse would make an empty list of it
+        if word.startswith("--") and word.partition("=")[2] == "--":
+            raise UserError(f"{word[:-3]}: expected a value, not '--'")
     path = None if {"-h", "--help"} & set(argv) else Parser("").parse_known_args(argv)[0].config
     actions = {a.dest: a for a in parser._actions
                if a.option_strings and a.dest not in ("help", "config")}
@@ -81,25 +100,29 @@ def parse_args(parser, argv=None):
             action.default, action.required = _convert(action, value), False
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise UserError(f"{path}: {key}: {error}") from None
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    # A shell leaves --flag=~/x as it is, and YAML has no home folder.
+    vars(args).update({key: os.path.expanduser(value) for key, value in vars(args).items()
+                       if isinstance(value, str)})
+    return args
 
 
 def _convert(action, value):
     """Make of a YAML value what argparse makes of the words of a command line."""
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, not {value!r}")
+            raise ValueError(f"expected true or false, not {reprlib.repr(value)}")
         return value
     takes_list, is_text = action.nargs is not None, action.type in (None, str, experiment)
     values = value if takes_list and isinstance(value, list) else [value]
     count = action.nargs if isinstance(action.nargs, int) else max(1, len(values))
     if len(values) != count:
-        raise ValueError(f"expected a list of {count} values, not {value!r}")
+        raise ValueError(f"expected a list of {count} values, not {reprlib.repr(value)}")
     for each in values:
         plain = isinstance(each, str if is_text else (str, int, float)) and "\0" not in str(each)
         if not plain or isinstance(each, bool):
             raise ValueError(f"expected {'text (quote it)' if is_text else 'one value'}, "
-                             f"not {each!r}")
+                             f"not {reprlib.repr(each)}")
     values = [action.type(str(v)) if action.type else v for v in values]
     if action.choices and not set(values) <= set(action.choices):
         raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, not {value!r}")
@@ -109,27 +132,43 @@ def _convert(action, value):
 def read_yaml(path, flag="--config"):
     """Read a YAML file of keys and values, a dict; errors call it `flag`.
 
-    Raises:
-        UserError: no file, not YAML, not keys and values, or a key that is given twice, with - or
-            with _; PyYAML would take the last one.
+    Raises: UserError: no file, not YAML, a value that cannot be made or printed, not keys and
+        values, too many of them, or a key that is given twice (PyYAML takes the last one).
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node):
+            super().flatten_mapping(node)
+            if len(node.value) > MAX_KEYS:  # merge keys (<<) can double them again and again
+                raise UserError(f"{path}: more than {MAX_KEYS} keys in one place")
+
+        def construct_object(self, node, deep=False):
+            try:
+                value = super().construct_object(node, deep)
+                if isinstance(value, str | int):
+                    str(value).encode("utf-8", "surrogateescape")
+                return value
+            except (AttributeError, LookupError, ValueError) as error:  # of dates, numbers, text
+                problem = f"{reprlib.repr(node.value)} is no value ({error})"
+                raise yaml.MarkedYAMLError(None, None, problem, node.start_mark) from None
+
         def construct_mapping(self, node, deep=False):
-            keys = [str(self.construct_object(k)).replace("_", "-") for k, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UserError(f"{path}: key '{key}' is given {keys.count(key)} times")
+            keys = [str(k.value).replace("_", "-") for k, _ in node.value
+                    if isinstance(k, yaml.ScalarNode)]
+            for key, count in collections.Counter(keys).most_common(1):
+                if count > 1:
+                    raise UserError(f"{path}: key '{key}' is given {count} times")
             return super().construct_mapping(node, deep)
 
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fault = "is not YAML" if isinstance(error, yaml.YAMLError) else "cannot be read"
+        content = yaml.load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"), Loader)
+    except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
+        unread = isinstance(error, OSError | UnicodeDecodeError)
+        fault = "cannot be read" if unread else "is not YAML"
         raise UserError(f"{flag} {path} {fault}: {error}") from None
     if not isinstance(content, dict | None):
-        raise UserError(f"{flag} {path}: expected 'flag: value' lines, found {content!r:.60}")
+        raise UserError(f"{flag} {path}: expected 'flag: value' lines, not {reprlib.repr(content)}")
     return content or {}
 
 
@@ -137,6 +176,7 @@ def read_yaml(path, flag="--config"):
 
 LARGEST = 2**31 - 1  # integer on the command line; larger ones overflow in torch and faiss
 MAX_CLASSES = 100_000
+MAX_KEYS = 100_000  # of a YAML file
 
 
 def number(kind, low=None, high=None, above=None, below=None):
@@ -191,10 +231,9 @@ def to_json_types(config):
 
 
 def generator(seed, *key):
-    """Make a generator whose draws are a function of its arguments alone.
+    """Make a generator on the CPU whose draws are a function of its arguments alone.
 
     Args: seed: int >= 0. key: ints >= 0 or words that say what the draws are for.
-    Returns: torch.Generator on the CPU: draws are the same whatever device computes.
     """
     words = [word for part in (seed, *key)
              for word in (part.encode() if isinstance(part, str) else [part])]

@@ -1,20 +1,14 @@
 #!/usr/bin/env python3
 """Time detection beside the plain formulas, and beside the matrix products alone.
 
-    python benchmarks/bench_detection.py           # 50,000 x 2,048: some 15 minutes on two cores
-    python benchmarks/bench_detection.py --quick   # 10,000 x 512: half a minute
+    python benchmarks/bench_detection.py           # 50,000 x 2,048: about an hour on two cores
+    python benchmarks/bench_detection.py --quick   # 10,000 x 512: two minutes
 
-The plain way is the original's, in numpy: for each outlier set, and in it once for the test images
-and once for the outliers, covariance, pseudo-inverse and quadratic form of each cluster anew. One
-outlier set is timed and counted as often as there are sets, since each costs the same. Ours goes
-from raw features to scores. Both are given the clusters, so k-means is in neither.
-
-"Products" are the dense float64 products alone: X'X once for each training row, and one [n, D] x
-[D, D] for each scored row and cluster, of a few pieces of rows after a warm-up, in turns with ours,
-scaled to all rows. Ours leaves half of each product out, so it may come out below them. With
-OMP_NUM_THREADS=1 seconds are CPU time, for machines that do other work meanwhile. Features are
-random; a tenth of the last case's is dead, whose covariance is singular and takes an
-eigendecomposition. Writes benchmarks/records/bench_detection_full.json or bench_detection.json.
+The plain way is the original's, in numpy (knn's is scikit-learn's): for each outlier set, and in it
+for test images and for outliers, the formula anew; one set is timed and counted as often as there
+are sets. Ours goes from raw features to scores. "Products" are the dense float64 products alone, of
+training rows X'X, of scored ones [n, D] x [D, D] for each cluster or [D, N] for knn, in turns with
+ours, which leaves half of SSD's out. With OMP_NUM_THREADS=1 seconds are CPU time.
 """
 
 import functools
@@ -24,6 +18,7 @@ import common
 import numpy as np
 import torch
 from sklearn.covariance import ledoit_wolf
+from sklearn.neighbors import NearestNeighbors
 
 import detection
 import utils
@@ -33,91 +28,96 @@ QUICK = {"rows": 10_000, "dims": 512, "scored": 2_000}
 SIZES = {"rows": (50_000, "training features"), "dims": (2_048, "their width"),
          "scored": (10_000, "rows of the test set and of each outlier set"),
          "sets": (4, "outlier sets"), "repeats": (3, "of ours")}
-CASES = (  # name, clusters, share of dead features, whether outliers are known
-    ("SSD, m = 1", 1, 0, False), ("SSD, m = 10", 10, 0, False), ("SSDk", 1, 0, True),
-    ("SSD, singular", 1, 0.1, False))
+CASES = (  # name, score, value of its setting
+    ("SSD, m = 1", "ssd", 1), ("SSD, m = 10", "ssd", 10), ("tied, m = 10", "tied", 10),
+    ("shrunk, m = 1", "shrunk", 1), ("knn, k = 50", "knn", 50), ("SSDk", "ssdk", 1),
+    ("crossval", "crossval", 1))
 PIECES = 8  # of detection.ROWS rows, timed for the products
 KNOWN = 500  # known outliers of each set
 
 
-def sample(n, dims, dead, seed):
+def sample(n, dims, seed):
     """Random features [n, dims] of 16 clusters, as an encoder's: correlated, of falling scale."""
     centres = torch.randn(16, dims, generator=torch.Generator().manual_seed(0))
     mix = torch.randn(dims, dims, generator=torch.Generator().manual_seed(1)) / dims**0.5
     rows = torch.randn(n, dims, generator=torch.Generator().manual_seed(seed))
     scale = torch.logspace(0, -2, dims)
-    x = (rows * scale + 0.3 * scale * centres[torch.arange(n) % 16]) @ mix
-    x[:, : int(dead * dims)] = 0
-    return x
+    return (rows * scale + 0.3 * scale * centres[torch.arange(n) % 16]) @ mix
 
 
-def scaled(train, *others):
-    """Unit length, then the training mean and standard deviation; float32 as the original's."""
-    doubles = (x.astype(np.float64) for x in (train, *others))
+def scaled(standardise, *sets):
+    """Unit length, then the first set's mean and deviation; float32 as the original's."""
+    doubles = (x.astype(np.float64) for x in sets)
     unit = [x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-10) for x in doubles]
     mean, deviation = unit[0].mean(axis=0), unit[0].std(axis=0) + 1e-10
-    return [((x - mean) / deviation).astype(np.float32) for x in unit]
+    return [((x - mean) / deviation).astype(np.float32) for x in unit] if standardise else unit
 
 
 def distance(x, train, covariance):
     """Squared Mahalanobis distance of rows to training rows."""
     centred = x - train.mean(axis=0, dtype=np.float64)
-    return np.sum(centred * (np.linalg.pinv(covariance(train)) @ centred.T).T, axis=1)
+    return np.sum(centred * (np.linalg.pinv(covariance) @ centred.T).T, axis=1)
 
 
-def plain(train, test, ood, labels, known):
+def shrunk(x):
+    return ledoit_wolf(x.astype(np.float64))[0]
+
+
+def plain(score, value, train, test, ood, labels):
     """Scores of the test images and of one outlier set, all fitted for them alone."""
-    if known:
-        def shrunk(x):
-            return ledoit_wolf(x.astype(np.float64))[0]
+    train, *sets, known = scaled(score != "knn", train, test, ood, ood[:KNOWN])
+    cov = shrunk if score in ("shrunk", "ssdk") else functools.partial(np.cov, rowvar=0, bias=1)
+    if score == "knn":
+        machine = NearestNeighbors(n_neighbors=value, algorithm="brute")
+        return [machine.fit(train).kneighbors(x)[0][:, -1] ** 2 for x in sets]
+    if score == "ssdk":
+        return [distance(x, train, cov(train)) - distance(x, known, cov(known)) for x in sets]
+    clusters, scores = [train[labels == c] for c in np.unique(labels)], []
+    for x in sets:
+        found = [cov(c) for c in clusters]
+        if score == "tied":
+            found = [np.average(found, axis=0, weights=np.bincount(labels))] * value
+        scores.append(np.min([*map(distance, [x] * value, clusters, found)], axis=0))
+    return scores
 
-        train, test, ood, known = scaled(train, test, ood, ood[:KNOWN])
-        return [distance(x, train, shrunk) - distance(x, known, shrunk) for x in (test, ood)]
-    covariance = functools.partial(np.cov, rowvar=False, bias=True)
-    train, test, ood = scaled(train, test, ood)
-    clusters = [train[labels == c] for c in np.unique(labels)]
-    return [np.min([distance(x, c, covariance) for c in clusters], axis=0) for x in (test, ood)]
 
-
-def ours(train, test, oods, labels, known, device):
+def ours(score, value, train, test, oods, labels, device):
     """Scores of the test images, for SSDk those beside the first set, and of all outlier sets."""
-    if not known:
-        m = len(labels.unique())
-        detectors = detection.fit_each(train, [m], labels, device=device)
-        return [detection.score_each(detectors, x)[m] for x in (test, *oods)]
-    detector, scores = detection.SSDk.fit(train, device), []
+    if score != "ssdk":
+        detector = detection.Choice(score, value).fit(train, labels, device=device)
+        return [detector.score(x) for x in (test, *oods)]
+    detector = detection.SSDk.fit(train, device)
     inside = detector.distance(test)
-    for ood in oods:
-        known = detector.know(ood[:KNOWN])
-        scores += [detector.score(test, known, inside=inside), detector.score(ood, known)]
-    return [scores[0], *scores[1::2]]
+    pairs = [(detector.score(test, known, inside=inside), detector.score(ood, known))
+             for ood in oods for known in [detector.know(ood[:KNOWN])]]
+    return [pairs[0][0], *(scores for _, scores in pairs)]
 
 
-def measure(name, clusters, dead, known, sizes, device):
+def measure(name, score, value, sizes, device):
     """Time one case; returns its part of the record."""
-    train = sample(sizes.rows, sizes.dims, dead, seed=2)
-    test = sample(sizes.scored, sizes.dims, dead, seed=3)
-    oods = [sample(sizes.scored, sizes.dims, dead, seed=4 + i) for i in range(sizes.sets)]
-    labels = torch.arange(sizes.rows) % clusters
-    arrays = [x.numpy() for x in (train, test, oods[0], labels)]
+    train = sample(sizes.rows, sizes.dims, seed=2)
+    test, *oods = (sample(sizes.scored, sizes.dims, 3 + i) for i in range(1 + sizes.sets))
+    labels = torch.arange(sizes.rows) % value
     clock, scores = common.clock_of(device), {}
     piece, square, total = (torch.randn(n, sizes.dims, dtype=torch.float64, device=device)
                             for n in (detection.ROWS, sizes.dims, sizes.dims))
     ways = {"fit": common.repeated(lambda: total.addmm_(piece.T, piece), PIECES),
             "score": common.repeated(lambda: piece @ square, PIECES)}
     common.interleaved(ways, 1, 0, device)  # warm-up
-    ways["ours"] = lambda: scores.update(ours=ours(train, test, oods, labels, known, device))
+    ways["ours"] = lambda: scores.update(ours=ours(score, value, train, test, oods, labels, device))
     seconds = common.interleaved(ways, sizes.repeats, 0, device, clock)
-    scored, fitted = (1 + sizes.sets) * sizes.scored * clusters, sizes.rows
-    if known:  # test and outliers by the inliers; test again and outliers by each set's known ones
-        scored += 2 * sizes.sets * sizes.scored
-        fitted += sizes.sets * KNOWN
-    products_s = [(fit * fitted + score * scored) / (PIECES * detection.ROWS)
-                  for fit, score in zip(seconds["fit"], seconds["score"], strict=True)]
+    scored, fitted = (1 + sizes.sets) * sizes.scored * value, sizes.rows
+    if score == "knn":
+        scored, fitted = scored / value * sizes.rows / sizes.dims, 0
+    if score == "ssdk":  # test and outliers by the inliers, then by each set's known outliers
+        scored, fitted = scored + 2 * sizes.sets * sizes.scored, fitted + sizes.sets * KNOWN
+    products_s = [(fit * fitted + one * scored) / (PIECES * detection.ROWS)
+                  for fit, one in zip(seconds["fit"], seconds["score"], strict=True)]
     found = {"case": name, "ours_s": seconds["ours"], "products_s": products_s,
              "ours": statistics.median(seconds["ours"]), "products": statistics.median(products_s)}
-    if not dead:  # the plain way divides by the standard deviation of a dead feature
-        way = {"": lambda: scores.update(plain=plain(*arrays, known))}
+    if score != "crossval":
+        way = {"": lambda: scores.update(plain=plain(
+            score, value, *(x.numpy() for x in (train, test, oods[0], labels))))}
         [one_set] = common.interleaved(way, 1, 0, device, clock)[""]
         found |= {"plain_one_set_s": one_set, "plain": one_set * sizes.sets}
         found["difference"] = max(

@@ -44,7 +44,7 @@ def detect(kind, clusters, train, test, oods):
     """Fit once, score test images and outlier sets, an iterable; returns the seconds of the fit."""
     began = time.perf_counter()
     if kind == "SSD":
-        detector = detection.SSD.fit(train, clusters)
+        detector = detection.SSD.fit(train, clusters=clusters)
         fitted = time.perf_counter() - began
         inside = detector.score(test)
         for ood in oods:

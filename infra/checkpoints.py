@@ -7,6 +7,7 @@
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import os
@@ -25,11 +26,10 @@ from utils import UserError
 
 def _numpy_scalar(module):
     """numpy's function that makes a scalar of its bytes, under the name that a pickle uses."""
-
     def scalar(dtype, data):
-        if dtype != np.float64:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.scalar of {dtype}")
-        return float(np.frombuffer(data, np.float64)[0])
+        if dtype.kind not in "biufc":
+            raise pickle.UnpicklingError(f"GLOBAL numpy.{dtype.type.__name__}")
+        return np.frombuffer(data, dtype)[0].item()
 
     scalar.__module__, scalar.__qualname__ = module, "scalar"
     return scalar
@@ -37,8 +37,11 @@ def _numpy_scalar(module):
 
 # What a checkpoint may hold besides tensors and plain types; none of it runs code. SupContrast
 # keeps its arguments in `opt`; the original's `best_prec1` of SimCLR and SupCon is a numpy float64.
-SAFE_GLOBALS = [argparse.Namespace, np.dtype, np.dtypes.Float64DType,
+SAFE_GLOBALS = [argparse.Namespace, np.dtype, *{type(np.dtype(c)) for c in np.typecodes["All"]},
                 *map(_numpy_scalar, ("numpy.core.multiarray", "numpy._core.multiarray"))]
+
+PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8,
+         torch.int16, torch.int32, torch.int64, torch.bool}
 
 
 def read_checkpoint(path, flag=""):
@@ -63,7 +66,7 @@ def read_checkpoint(path, flag=""):
         if disk or memory or isinstance(error, UserError):
             raise
         # torch's message is a page long; the one thing to know in it is the refused name.
-        name = re.search(r"\bGLOBAL[\s`]+([^\s`]+)", str(error))
+        name = re.search(r"(?:\bGLOBAL[\s`]+|got <class ')([^\s`']+)", str(error))
         if name and isinstance(error, pickle.UnpicklingError):
             raise UserError(f"{flag}{path} holds more than tensors and plain types ({name[1]}) "
                             "and was not loaded: it could run code") from None
@@ -73,24 +76,28 @@ def read_checkpoint(path, flag=""):
 def load_checkpoint(path):
     """Read a checkpoint of any dialect without running code from it.
 
-    Dialects are the original's ("state_dict"), SupContrast's ("model"), and a bare state dict; keys
-    are with or without the "module." of DataParallel and DDP.
+    Dialects are the original's ("state_dict"), SupContrast's ("model", which wins where both are,
+    as in the original, and may hold a "state_dict"), and a bare state dict.
 
     Returns: (state, rest): {name: tensor} on the CPU with the prefixes gone, and the other entries
         of the file ({} for a bare state dict); only our own checkpoints have rest["config"].
     Raises: UserError: missing, empty, truncated or foreign file, code in it, weights not finite.
     """
     content = read_checkpoint(path, "--ckpt ")
-    parts = content if isinstance(content, dict) else {}
-    key = next((k for k in ("state_dict", "model") if isinstance(parts.get(k), dict)), None)
-    state, rest = (parts.pop(key), parts) if key else (parts, {})
+    state, rest = content if isinstance(content, dict) else {}, {}
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state, rest = state[key], {**state, **rest}
+            del rest[key]
     if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise UserError(f"--ckpt {path} holds no weights: found {type(content).__name__}, which is "
                         "no state dict and has no 'state_dict' or 'model'")
     wrappers = ("module", "_orig_mod")  # DataParallel and DDP; torch.compile
     state = {".".join(p for p in k.split(".") if p not in wrappers): v for k, v in state.items()}
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_complex() or value.device.type != "cpu":
+        # A tensor may be larger than the file: every element of an expanded one is the same.
+        if (value.layout != torch.strided or value.dtype not in PLAIN or value.is_nested
+                or value.device.type != "cpu" or value.nbytes > value.untyped_storage().nbytes()):
             raise UserError(f"--ckpt {path}: {name} is not a plain tensor of real numbers")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"--ckpt {path}: {name} is not finite")
@@ -100,7 +107,7 @@ def load_checkpoint(path):
 class Checkpoints:
     """The checkpoints in a folder: written whole, the previous one kept until the new one is."""
 
-    NEWEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint_before.pth.tar"
+    NEWEST, PREVIOUS = "checkpoint.pth.tar", "previous.pth.tar"
 
     def __init__(self, folder):
         self._folder, self._unwritten = Path(folder), {}
@@ -117,8 +124,6 @@ class Checkpoints:
 
         In this order a kill between two files loses none of them. A failed write is reported, what
         was there stays, training goes on, and the next save tries again.
-
-        Args: state: tensors and plain types only. names: of copies, as "model_best.pth.tar".
         """
         buffer = io.BytesIO()  # torch's own writer does not say why a write to a file fails
         torch.save(state, buffer)
@@ -147,11 +152,11 @@ class Checkpoints:
             link = newest
         os.replace(link, self._folder / self.PREVIOUS)
 
-    def newest(self):
+    def newest(self, fits=lambda state: True):
         """Return the newest checkpoint that is whole, on the CPU; None where nothing was saved.
 
-        A damaged file is reported and set aside, and the one before it is read; UserError where
-        there are checkpoints and none is whole.
+        A damaged file, or one that `fits` refuses or fails of, is reported and set aside, and the
+        one before it is read; UserError where there are checkpoints and none is whole.
         """
         numbered = sorted(self._folder.glob("checkpoint_[0-9]*.pth.tar"),
                           key=lambda f: -int(re.sub(r"\D", "", f.name)))
@@ -160,10 +165,13 @@ class Checkpoints:
         for path in filter(Path.exists, paths):
             try:
                 content = read_checkpoint(path)
-                if not isinstance(content, dict) or "progress" not in content:
-                    raise UserError(f"{path} has no record of its progress")
+                fine = False
+                with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+                    fine = "progress" in content and fits(content)
+                if not fine:
+                    raise UserError(f"{path} is whole, but no checkpoint of this run")
             except UserError as error:
-                damaged[path] = error
+                damaged[path] = str(error)
                 continue
             for bad, error in damaged.items():  # or the next save would keep it as the previous one
                 os.replace(bad, bad.with_name(f"{bad.name}.damaged"))

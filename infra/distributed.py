@@ -26,9 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import RunError, UserError, note
 
-# A process that dies is found by its launcher. Of a machine that dies nobody hears: what the others
-# wait for does not come, and they end after this time. The main process, which may download or
-# write, is waited for longer.
+# A process that dies is found by its launcher. Of a machine that dies nobody hears: the others end
+# after this time. The main process, which may download or write, is waited for longer.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 MAIN_TIMEOUT = datetime.timedelta(hours=4)
 HEAD_START = 5  # seconds: time for the main process to name an error that all processes have
@@ -107,12 +106,10 @@ def read_slurm():
 def slurm_variables(env):
     """Return torch.distributed's variables for a task of srun, by the environment of the task.
 
-    Unless the batch script has set them, MASTER_ADDR and MASTER_PORT are the first node of the step
-    and a port of the job's own.
+    MASTER_ADDR and MASTER_PORT are the first node and a port of the job's own, unless they are set.
     """
-    tasks = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?",
-                                               env["SLURM_STEP_TASKS_PER_NODE"])
-             for _ in range(int(times or 1))]
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "4(x2),3"
+    tasks = [int(n) for n, times in counts for _ in range(int(times or 1))]
     found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
              "LOCAL_RANK": env["SLURM_LOCALID"],
              "LOCAL_WORLD_SIZE": str(tasks[int(env["SLURM_NODEID"])])}
@@ -126,17 +123,22 @@ def slurm_variables(env):
 
 def _replace_by_torchrun(processes):
     """Start this command anew in several processes, in the place of this one."""
-    signals = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
-        signals.append("SIGHUP")
+    signals = [*(s.name for s in stop_signals()), "SIGQUIT"]  # that it hands on
     threads = len(os.sched_getaffinity(0)) // processes
-    for name, value in (("PET_SIGNALS_TO_HANDLE", ",".join(signals)),  # handed on to the processes
+    for name, value in (("PET_SIGNALS_TO_HANDLE", ",".join(signals)),
                         ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS),
                         ("OMP_NUM_THREADS", max(1, threads))):
         os.environ.setdefault(name, str(value))
     sys.stdout.flush(), sys.stderr.flush()
     os.execvp(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                "--nproc-per-node", str(processes), *sys.argv])
+
+
+def stop_signals():
+    """The signals by which Slurm, a user or a closed terminal asks a program to end."""
+    # nohup has SIGHUP ignored, and it stays ignored.
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT] + [signal.SIGHUP] * (not ignored)
 
 
 @functools.cache
@@ -161,8 +163,8 @@ def let_main_speak():
 
 def process_label():
     """Return words that tell this process from the others, "" where it is the only one."""
-    where = f"process {rank()} of {world_size()} on {socket.gethostname()}: "
-    return where if world_size() > 1 else ""
+    alone = world_size() == 1
+    return "" if alone else f"process {rank()} of {world_size()} on {socket.gethostname()}: "
 
 
 def is_peer_failure(error):
@@ -206,8 +208,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x, n):
         ctx.n = n
         parts = [_shard(n, r, world_size()) for r in range(world_size())]
-        most = parts[0].stop
-        padded = x.new_zeros(most, *x.shape[1:])  # collectives want equal shapes
+        padded = x.new_zeros(parts[0].stop, *x.shape[1:])  # collectives want equal shapes
         padded[: len(x)] = x
         every = [torch.empty_like(padded) for _ in parts]
         dist.all_gather(every, padded)
@@ -281,8 +282,7 @@ def main_process_first():
 class SharedFlag:
     """Let a number that one process knows reach all of them at the same step.
 
-    Nobody waits: a value set at one step is read at the next, so that a step costs a small message
-    that travels while it computes.
+    Nobody waits: a value set at one step is read at the next, and travels while that computes.
     """
 
     def __init__(self):
@@ -315,8 +315,7 @@ def parallel(network):
     """Return torch's DistributedDataParallel of a module; of a single process the module itself."""
     if world_size() == 1:
         return network
-    # Statistics of batch norm stay those of each process, as in the original; newer versions of
-    # torch call that by another name.
+    # Statistics of batch norm stay those of each process, as in the original; torch renamed that.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     device = next(network.parameters()).device

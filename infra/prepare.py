@@ -40,7 +40,9 @@ def choose(folder, n, seed):
     """Return n of the images below a folder at random, sorted; UserError if there are fewer."""
     if not folder.is_dir():
         raise UserError(f"fix: no folder {folder}")
-    if len(files := image_files.find_images(folder)) < n:
+    files, others = image_files.find_images(folder)
+    image_files.note_unread(f"fix: {folder}", others, len(files))
+    if len(files) < n:
         raise UserError(f"fix: {folder} holds {len(files)} images, fewer than --images {n}")
     chosen = torch.randperm(len(files), generator=utils.generator(seed, "fix"))[:n]
     return [files[i] for i in chosen.sort().values.tolist()]
@@ -77,11 +79,11 @@ def main(argv=None):
     out = Path(args.out)
     if out.suffix != ".npz":
         raise UserError(f"{out}: the name of the file to write must end in .npz")
-    storage.make_output_folder(out.parent, "the folder of OUT.npz")
-    if args.recipe == "fix":
-        images = shrink(choose(Path(args.source), args.images, args.seed), args.size, 256)
-    else:
-        images = shrink(read_list(Path(args.source), Path(args.root)), args.size, args.size)
+    source, is_fix = Path(args.source), args.recipe == "fix"
+    files = choose(source, args.images, args.seed) if is_fix else read_list(source, Path(args.root))
+    storage.check_outputs({"OUT.npz": out},
+                          {"--config": args.config, "the source": [source, *files]})
+    images = shrink(files, args.size, 256 if is_fix else args.size)
     with storage.atomic_write(out) as file:
         np.savez_compressed(file, test_images=images)
     print(f"{out}: {len(images)} images of {args.size} pixels; --ood npz:{out}")

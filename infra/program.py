@@ -4,18 +4,22 @@
         program.run(main)
 
 Exit statuses: 0 done, 1 a failure while running, 2 bad input, 75 stopped by a signal with the state
-saved, 130 interrupted. An error that nobody foresaw keeps its traceback. Of several processes the
-first to fail speaks.
+saved; 128 and the number of a signal that ended it with nothing to continue: 130 of Ctrl-C, 143 of
+SIGTERM. Results are recorded although stdout is closed, full or a pipe without a reader. An error
+that nobody foresaw keeps its traceback. Of several processes the first to fail speaks.
 """
 
+import codecs
 import contextlib
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
 import utils
-from infra import distributed
+from infra import distributed, runs
 from utils import RunError, Stopped, UserError
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
@@ -24,12 +28,15 @@ SMALLER = "a smaller --batch-size or --size helps"
 
 def run(main):
     """Run a script's main, a function without arguments; see above for how it ends."""
-    for stream in (sys.stdout, sys.stderr):  # the name of a file need not be text
-        stream.reconfigure(errors="surrogateescape")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="any-text")
     distributed.read_slurm()
     try:
-        main()
-        distributed.shutdown()
+        with runs.handled(_interrupt, set(distributed.stop_signals()) - {signal.SIGINT}):
+            main()
+            distributed.shutdown()
     except UserError as error:
         _fail(error, 2)
     except Stopped as error:
@@ -37,8 +44,9 @@ def run(main):
         with contextlib.suppress(RuntimeError):  # another process did not wait for this one
             distributed.shutdown()
         sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        number = signal.Signals(*error.args or [signal.SIGINT])
+        _fail("interrupted" if number == signal.SIGINT else f"ended by {number.name}", 128 + number)
     except Exception as error:
         if distributed.is_peer_failure(error):
             distributed.wait_for_launcher()
@@ -47,6 +55,33 @@ def run(main):
             distributed.let_main_speak()
             raise
         _fail(message, 1)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+
+
+def _interrupt(number, frame):
+    """End the program at a signal as Ctrl-C does, so that what is half-written is removed."""
+    signal.signal(number, signal.SIG_IGN)  # it may come twice, from a launcher and a shell
+    raise KeyboardInterrupt(number)
+
+
+def _any_text(error):
+    """Encode what a stream cannot: bytes in the name of a file as they are, the rest escaped."""
+    characters = error.object[error.start : error.end]
+    return b"".join(bytes([ord(c) & 0xFF]) if "\udc80" <= c <= "\udcff" else
+                    c.encode("ascii", "backslashreplace") for c in characters), error.end
+
+
+codecs.register_error("any-text", _any_text)
+
+
+def _flush(stream):
+    """Write what is left of a stream, or drop it: at the exit Python would complain of it."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _foreseen(error):
@@ -68,5 +103,6 @@ def _fail(message, status):
     distributed.let_main_speak()
     text = " ".join(str(message).split())
     label = "" if status == 2 and distributed.is_main_process() else distributed.process_label()
-    print(f"{Path(sys.argv[0]).name}: error: {label}{text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: error: {label}{text}", file=sys.stderr, flush=True)
     sys.exit(status)

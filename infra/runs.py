@@ -31,9 +31,8 @@ from infra import distributed, storage
 from infra.checkpoints import Checkpoints
 from utils import RunError, Stopped, UserError
 
-# Flags that say where things are and how often they are written: no weight depends on them, so a
-# run may be continued with others. Mean and standard deviation follow from the images, which have
-# a hash, or were given: then they stand in "constants" too. Workers stand in "in_files".
+# No weight depends on these flags, so a run may be continued with others. Mean and standard
+# deviation follow from the images, or stand in "constants" too; workers stand in "in_files".
 NOT_IN_IDENTITY = ("config", "results_dir", "exp_name", "data_dir", "no_download", "no_resume",
                    "print_freq", "save_freq", "save_steps", "fast", "method", "gpu",
                    "workers", "mean", "std")
@@ -74,8 +73,7 @@ class Run:
         """Record the end; RunError if a checkpoint or lines of the logs could not be written."""
         if self._checkpoints is None:
             return
-        if self._checkpoints.unwritten:
-            names = ", ".join(self._checkpoints.unwritten)
+        if names := ", ".join(self._checkpoints.unwritten):
             raise RunError(f"trained to the end, but {names} could not be written; the same "
                            "command trains again from the checkpoint before")
         self.log.record(event="end", **fields)
@@ -86,19 +84,14 @@ class Run:
         self.log.line(f"done: {self.folder / 'checkpoint' / Checkpoints.NEWEST}")
 
 
-def open_run(results_dir, exp_name, config, images, *, label, resume=True):
-    """Resume the unfinished run of this name and configuration, or start the next number.
+def open_run(results_dir, exp_name, config, images, *, label, resume=True, fits=lambda state: True):
+    """Resume the unfinished run of this name and configuration, or start the next: a Run.
 
-    All processes call it together and get the same Run.
-
-    Args:
-        results_dir, exp_name, label: the run folders are RESULTS/EXP/N--label.
-        config: dict of plain types; NOT_IN_IDENTITY keys don't count. images: dict of hashes.
-        resume: False starts the next number whatever is there.
-
-    Raises:
-        UserError: another live process holds the run, its images were others, the processes were
-            started with different settings, or the place can't be written to.
+    Args: results_dir, exp_name, label: the run folders are RESULTS/EXP/N--label. config: dict of
+        plain types; NOT_IN_IDENTITY keys don't count. images: dict of hashes. resume: False starts
+        the next number whatever is there. fits: see Checkpoints.newest.
+    Raises: UserError: another live process holds the run, its images were others, the processes
+        were started with different settings, or the place can't be written to.
     """
     settings = {f"--{key.replace('_', '-')}": value for key, value in config.items()
                 if key not in ("config", "data_dir", "dataset", "results_dir")}  # may be elsewhere
@@ -113,7 +106,8 @@ def open_run(results_dir, exp_name, config, images, *, label, resume=True):
         folder, resumed, lock = _find_or_start(Path(results_dir) / exp_name, label,
                                                {"config": config, "images": images}, resume)
         store = Checkpoints(folder / "checkpoint")
-        saved = store.newest()
+        saved = store.newest(lambda state: fits(state) and not _changed_keys(
+            {"config": state.get("config", config)}, {"config": config}))
         if resumed and saved is None:
             utils.note(f"{folder} was broken off before anything was saved, and begins again")
     log = Log(folder, keep=saved["progress"]["log_bytes"] if saved else 0, resumed=bool(saved))
@@ -128,8 +122,7 @@ def _find_or_start(home, label, identity, resume):
     with _lock(home / ".lock"):  # or two equal commands started together would both find nothing
         known = list(_known_runs(home)) if resume else []
         same = next((k for k in known if not _changed_keys(k[1], identity)), None)
-        resumed = same is not None and not is_finished(same[0])
-        if resumed:
+        if resumed := same is not None and not is_finished(same[0]):
             folder, before = same
             for split, digest in identity["images"].items():
                 if before["images"].get(split) != digest:
@@ -156,15 +149,18 @@ def is_finished(folder):
             file.seek(max(0, os.path.getsize(file.name) - 4096))
             last = file.read().splitlines(keepends=True)[-1:]
         return bool(last) and last[0].endswith(b"\n") and json.loads(last[0])["event"] == "end"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
+
+
+def _numbered(home):
+    return [(int(n), d) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
 
 
 def _known_runs(home):
     """(folder, identity) of the runs of a name, newest first; those of the original have none."""
-    numbered = [(int(n), d) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
-    for _, folder in sorted(numbered, reverse=True):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+    for _, folder in sorted(_numbered(home), reverse=True):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             identity = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if all(isinstance(identity.get(key), dict) for key in ("config", "images")):
                 yield folder, identity
@@ -196,8 +192,7 @@ def _new_folder(home, label, identity):
     with storage.atomic_write(made / "config.json", "w", encoding="utf-8") as file:
         json.dump(identity, file, indent=1)
         file.write("\n")
-    taken = [int(n) for d in home.iterdir() if (n := d.name.partition("--")[0]).isdecimal()]
-    number = max(taken, default=0) + 1
+    number = max((n for n, _ in _numbered(home)), default=0) + 1
     while True:
         try:
             return made.rename(home / f"{number}--{label}")
@@ -221,7 +216,7 @@ def _lock(path, timeout=-1):
 
 def _last_start(folder):
     """Which process logged the last start of a run, in brackets, where its log says it."""
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         last = [r for r in map(json.loads, lines) if r["event"] in ("start", "resume")][-1]
         return f" (process {last['pid']} on {last['host']})"
@@ -231,11 +226,15 @@ def _last_start(folder):
 def _point_latest(home, folder):
     """Let RESULTS/EXP/latest_exp be the run that is trained now."""
     latest, pointer = home / "latest_exp", home / f".latest_exp.{folder.name}"
+    if latest.exists() and not latest.is_symlink():  # a folder that the original made
+        aside = home / f"latest_exp.{secrets.token_hex(4)}"
+        latest.rename(aside)
+        utils.note(f"{latest} was no link to a run; it is now {aside}")
     try:
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(folder.name)
         os.replace(pointer, latest)
-    except OSError as error:  # a real folder of the original is there, or no symbolic links are
+    except OSError as error:  # a file system without symbolic links
         pointer.unlink(missing_ok=True)
         utils.note(f"{latest} was not updated: {error.strerror}")
 
@@ -249,10 +248,8 @@ class Log:
     A write that fails, on a full disk for example, is reported once and never ends a run; `lost`
     names the logs that lack a line.
 
-    Args:
-        folder: the run folder; None writes nothing, for the processes that do not write.
-        keep: bytes of the records that stay; later ones are of steps that will be made again.
-        resumed: whether the run goes on from a checkpoint.
+    Args: folder: the run folder; None writes nothing, for the processes that do not write. keep:
+        bytes of the records that stay. resumed: whether the run goes on from a checkpoint.
     """
 
     def __init__(self, folder, keep=0, resumed=False):
@@ -266,8 +263,7 @@ class Log:
     def line(self, text):
         """Write one readable line."""
         if self._text is not None:
-            with contextlib.suppress(OSError):  # a closed pipe, a full disk behind stdout
-                print(text, flush=True)
+            utils.say(text)
             self._append(self._text, text)
 
     def record(self, **fields):
@@ -302,16 +298,20 @@ class Log:
 # --- signals --------------------------------------------------------------------------------------
 
 
-def stop_signals():
-    """The signals by which Slurm, a user or a closed terminal asks a program to end."""
-    # nohup has SIGHUP ignored, and it stays ignored.
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT] + [signal.SIGHUP] * (not ignored)
+@contextlib.contextmanager
+def handled(handler, numbers):
+    """Handle signals by a function (number, frame) inside this context."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stop_on_signals():
-    """Let the signals of `stop_signals` set the `number` of what this yields, 0 before that."""
+    """Let the signals that ask for an end set the `number` of what this yields, 0 before."""
     stop = SimpleNamespace(number=0)
 
     def ask(number, frame):
@@ -319,9 +319,5 @@ def stop_on_signals():
         if number == signal.SIGINT:  # a second one ends the program at once
             signal.signal(number, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in stop_signals()}
-    try:
+    with handled(ask, distributed.stop_signals()):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

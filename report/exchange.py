@@ -9,6 +9,7 @@ docs/features.md has the table of arrays. Nothing is pickled: reading never runs
 
 import json
 import re
+import reprlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +34,13 @@ SETTINGS = {"in": str, "names": dict, "class_names": dict, "images": dict, "reco
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """The features of a set of images, with what reports ask of a data.ImageSet.
-
-    Features are float [N, D], as the network gave them; labels int64 [N], without classes all 0.
-    The fingerprint is of the images where the file says it, else of the features.
-    """
+    """The features of a set of images, with what reports ask of a data.ImageSet."""
 
     name: str
-    features: torch.Tensor
-    labels: torch.Tensor
+    features: torch.Tensor  # float [N, D], as the network gave them
+    labels: torch.Tensor  # int64 [N], without classes all 0
     class_names: tuple[str, ...] | None = None
-    fingerprint: str = ""
+    fingerprint: str = ""  # of the images where the file says it, else of the features
     pixels: None = None  # the images are not here
     paths: None = None
 
@@ -58,8 +55,8 @@ class FileSource:
     train: FeatureSet
     test: FeatureSet
     outliers: list[FeatureSet]
-    training_mode: str | None  # a key of trainers.TRAINING_MODES; None is unknown
     facts: dict  # what every record says of the network and of this file
+    inputs: dict  # what this was read from, as of storage.check_outputs
 
     def features(self, images, mode="base", copies=None):
         """Return the features of a set as they are in the file: float [N, D]."""
@@ -73,9 +70,9 @@ def fingerprint(images):
 
 
 def plain_name(name, used):
-    """Return a set's name in letters, digits, dots, hyphens and underscores, the same for no other.
+    """Return a set's name in letters, digits and ._-; unique, and added to used, {plain: name}.
 
-    Of "KIND:PATH" the last part of the path counts. It is added to used, {plain name: name}.
+    Of "KIND:PATH" the last part of the path counts.
     """
     kind, colon, path = name.partition(":")
     short = f"{kind}_{Path(path).name}" if colon else kind
@@ -93,12 +90,10 @@ class Export:
         self._settings = {"names": {}, "class_names": {}, "images": {}}
 
     def add(self, images, features, scores=None, key=None):
-        """Keep the features and scores of a set.
+        """Keep the features and scores of a data.ImageSet or FeatureSet.
 
-        Args:
-            images: data.ImageSet or FeatureSet. features: float [N, D], a tensor on the CPU or
-                features.DiskFeatures, left on disk. scores: {clusters: float64 [N]}.
-            key: "train", "test" or, for an outlier set, None.
+        Args: features: float [N, D], a tensor on the CPU or features.DiskFeatures, left on disk.
+            scores: {Choice: float64 [N]}. key: "train", "test" or, for an outlier set, None.
         """
         if self._path is None:
             return
@@ -110,7 +105,9 @@ class Export:
         if images.class_names is not None:
             self._arrays[key + LABELS] = images.labels.cpu().numpy()
             self._settings["class_names"][key] = list(images.class_names)
-        self._arrays |= {f"scores_m{m}_{key}": values for m, values in (scores or {}).items()}
+        for choice, values in (scores or {}).items():  # scores_m1_KEY, scores_knn_k50_KEY
+            which = str(choice).replace(", ", "_").replace(" = ", "").removeprefix("ssd_")
+            self._arrays[f"scores_{which}_{key}"] = values
 
     def close(self, inside, facts):
         """Write the file, with in-distribution name and facts; return [its path] or []."""
@@ -148,7 +145,7 @@ def read(path, training_mode=None):
     facts = {k: settings["record"].get(k) for k in FACTS}
     facts |= {"training_mode": mode or training_mode, "features": str(path),
               "features_sha256": storage.file_hash(path)}
-    return FileSource(sets[0], sets[1], sets[2:], facts["training_mode"], facts)
+    return FileSource(sets[0], sets[1], sets[2:], facts, {"--features": facts["features"]})
 
 
 def _arrays(path):
@@ -161,9 +158,7 @@ def _arrays(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             return {k: np.asarray(file[k]) for k in file.files if not k.startswith("scores_")}
-    except MemoryError:
-        raise
-    except Exception as error:  # numpy, zipfile and zlib share no base of their errors
+    except Exception as error:  # numpy, zipfile and zlib share no base; MemoryError says the shape
         raise UserError(f"cannot be read as an .npz file: {error}") from None
 
 
@@ -177,14 +172,16 @@ def _settings(arrays):
         if array.dtype.kind != "U" or array.shape != ():
             raise ValueError(f"{array.dtype} {list(array.shape)}")
         settings = json.loads(str(array))
-    except ValueError as error:
+        # Names and classes go to files and streams, which take no surrogates but those of paths.
+        json.dumps(settings, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"its settings are no JSON text: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"its settings are no JSON object: {settings!r:.60}")
+        raise UserError(f"its settings are no JSON object: {reprlib.repr(settings)}")
     for key, value in settings.items():
         if not isinstance(value, SETTINGS.get(key, ())):
             known = ", ".join(f"{k} ({kind.__name__})" for k, kind in SETTINGS.items())
-            raise UserError(f"its settings have {key} = {value!r:.40}; known are {known}")
+            raise UserError(f"its settings have {key} = {reprlib.repr(value)}; known are {known}")
         for name, text in value.items() if key in ("names", "images") else ():
             if not isinstance(text, str):
                 raise UserError(f"{key} of its settings has {name} = {text!r:.40}; expected text")
@@ -232,5 +229,5 @@ def _labels(key, array, n, names):
     names = [str(c) for c in range(high + 1)] if names is None else names
     if not isinstance(names, list) or len(names) <= high or any(type(n) is not str for n in names):
         raise UserError(f"its settings must name the {high + 1} classes of {key}, found "
-                        f"{names!r:.60}")
+                        f"{reprlib.repr(names)}")
     return torch.from_numpy(array.astype(np.int64)), tuple(names)

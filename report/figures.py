@@ -22,13 +22,15 @@ GREY = "0.55"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 SETTINGS = {"clusters": "m, clusters of the training features",
+            "neighbours": "k, the nearest training feature that counts",
             "k": "k, known outliers of each class"}
 # What tells curves of one outlier set apart, beside the seed, in the order of a label
-KINDS = ("in", "training_mode", "arch", "in_classes", "copies", "data_mode", "size", "normalize")
+KINDS = ("in", "score", "training_mode", "arch", "in_classes", "copies", "data_mode", "size",
+         "normalize")
 # What the records to plot must hold
 EPOCH = {"epoch": int, "loss": int | float, "monitor": int | float | None, "monitor_name": str,
          "lr": int | float}
-EVALUATION = {"ood": str, "auroc": int | float, "clusters": int, "k": int | None}
+EVALUATION = {"ood": str, "auroc": int | float, **dict.fromkeys(SETTINGS, int | None)}
 
 
 def _new(count, height=3.2, width=4.8):
@@ -77,10 +79,10 @@ def _shown(name, longest=28):
 
 
 def training_curves(records, path):
-    """Plot loss, monitor and learning rate of a training over its epochs.
+    """Plot loss, monitor and learning rate over the epochs of records, the dicts of a log.jsonl.
 
-    Records are the dicts of log.jsonl in order. Where a run was resumed at an epoch, its earlier
-    records from there on are void, and a dotted line marks the place. UserError: no epoch in them.
+    Where a run was resumed at an epoch, its earlier records from there on are void, and a dotted
+    line marks the place. UserError: no epoch in them.
     """
     epochs, resumed = _valid_epochs(records)
     if not epochs:
@@ -150,6 +152,30 @@ def score_histograms(panels, path):
                  ylim=(0, None), ylabel="% of the set's images")
 
 
+def decision(calibration, scores, share, file):
+    """Plot scores [n >= 0] of good pictures that calibrate, filled, and [M] to judge, a line.
+
+    Another line shows from where on a `share` of the good pictures is flagged, if n allows it.
+    """
+    low, high = min([*calibration, *scores]), np.percentile([*calibration, *scores], 99.5)
+    high = max(high, low + 1e-9)
+    bins = (np.geomspace if low > 0 and high > 10 * low else np.linspace)(low, high, 41)
+    figure, (axis,) = _new(1, height=2.8, width=7.2)
+    for values, title, style in ((calibration, "good", {"fill": True, "color": GREY, "alpha": 0.6}),
+                                 (scores, "searched", {"color": COLOURS[1], "linewidth": 1.5})):
+        if len(values):
+            counts, _ = np.histogram(np.clip(values, low, high), bins)
+            axis.stairs(100 * counts / len(values), bins, label=f"{len(values)} {title}", **style)
+    flagging = int(share * (len(calibration) + 1)) - 1  # calibration scores above a flagged one
+    if flagging >= 0:
+        axis.axvline(np.sort(calibration)[-flagging - 1], color="black", linestyle=":",
+                     linewidth=1, label="flagged from here")
+    axis.set(xscale="log" if high > 10 * low > 0 else "linear", ylim=(0, None),
+             xlabel="score (larger = odder)", ylabel="% of the pictures")
+    _legend(axis)
+    figure.savefig(file, format="png", dpi=120, bbox_inches="tight", pad_inches=0.1)
+
+
 def _pairs(inside, scores):
     """Each outlier set as (name, labels, scores): 0 for in-distribution, 1 for outliers."""
     for name, values in scores.items():
@@ -188,10 +214,8 @@ def precision_recall_curves(panels, path):
 def spectrum(eigenvalues, shares, inside, path):
     """Plot the eigenvalues of the training covariance and how far each set lies along each.
 
-    Args:
-        eigenvalues: float [r], falling. inside: name of the in-distribution set. shares: {set
-            name: float [r]}, the mean squared distance along each eigenvector in units of its
-            eigenvalue, as of detection.Gaussian.along; 1 for training images.
+    Args: eigenvalues: float [r], falling. inside: name of the in-distribution set. shares: {set
+        name: float [r]}, as of detection.Gaussian.along.
     """
     rank = len(eigenvalues)
     width = -(-rank // 64)  # of a bin of neighbouring directions; one direction alone is noise
@@ -265,7 +289,7 @@ def _apart(settings, scale):
 
 
 def curves_of(records, setting):
-    """Sort records of evaluations into curves for `sweep` against "clusters" or "k".
+    """Sort records of evaluations into curves for `sweep` against a key of SETTINGS.
 
     There is one per outlier set; where they differ in more (network, copies), its name says it.
     """
@@ -300,10 +324,11 @@ def _read(path, fields, event=None):
 def plot_sweep(files):
     """Plot AUROC against the setting that varies in records of evaluations; return the path."""
     records = [record for path in files for record in _read(path, EVALUATION)]
-    settings = {"clusters" if r.get("k") is None else "k" for r in records}
-    if len(settings) != 1:
-        raise UserError(f"{', '.join(files)}: expected records of eval_ssd.py or of eval_ssdk.py, "
-                        f"found {'both, which are two figures' if settings else 'none'}")
+    settings = {next((s for s in ("k", *SETTINGS) if r.get(s) is not None), "none")
+                for r in records}
+    if len(settings) != 1 or "none" in settings:
+        raise UserError(f"{', '.join(files)}: expected records with one of {', '.join(SETTINGS)}, "
+                        f"the same in all; found {', '.join(sorted(settings)) or 'no record'}")
     (setting,) = settings
     path = Path(files[0]).with_name(f"{Path(files[0]).stem}_sweep.png")
     sweep(curves_of(records, setting), SETTINGS[setting], path)

@@ -1,23 +1,15 @@
-"""The page of a table: one HTML file with its figures in it, readable in light and dark."""
+"""Pages: one HTML file each with its images in it, readable in light and dark."""
 
 import base64
 from pathlib import Path
 
 import jinja2
 
-from report import tables
 
-
-def html(table, lines, remarks, commands, figures):
-    """Fill in page.html; opening what it returns fetches nothing.
-
-    Args:
-        table, lines: see `tables`. remarks: sentences that stand below the table.
-        commands: text, what was run. figures: {title: [Path of a PNG]}.
-    """
+def fill(name, **content):
+    """Fill in the template NAME.html beside this file; opening what it returns fetches nothing."""
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    template = page.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    columns, rows, notes = tables.grid(table, lines)
-    return template.render(table=table, columns=columns, rows=rows, notes=notes,
-                           remarks=remarks, commands=commands, figures=figures)
+    page.filters["base64"] = lambda content: base64.b64encode(content).decode()
+    page.filters["text"] = lambda name: name.encode("utf-8", "replace").decode()
+    template = Path(__file__).with_name(f"{name}.html").read_text(encoding="utf-8")
+    return page.from_string(template).render(content)

@@ -52,6 +52,8 @@ take_task() {
     fi
     [[ $last -ge 0 && "$*" == *"{}"* ]] || refuse "an array needs a list before the first flag," \
         "and {} where each task takes its own of it: 1 2 3 --seed {}"
+    [[ ${SLURM_ARRAY_TASK_COUNT:-$((last + 1))} -eq $((last + 1)) ]] || refuse "--array has" \
+        "$SLURM_ARRAY_TASK_COUNT tasks, the list ${#list[@]} words: ${list[*]}"
     [[ $task -le $last ]] || refuse "--array has task $task, the list only 0-$last: ${list[*]}"
     arguments=("${arguments[@]//"{}"/"${list[task]}"}")
 }

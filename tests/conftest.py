@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TinyEncoder
 
+import models
 from infra import program
 
 # Of several GPUs the programs would use all; where a test does not say so, they are one process
@@ -121,6 +123,15 @@ def call():
     return call_program
 
 
+@pytest.fixture(scope="module")
+def tiny_arch():
+    """`--arch tiny`: the commands take the small encoder of tiny.py, and compute on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setitem(models.ARCHITECTURES, "tiny", TinyEncoder)
+        yield "tiny"
+
+
 @pytest.fixture(scope="session")
 def tiny_npz(tmp_path_factory):
     """A file of 48 training and 32 test images of 8 pixels, grey, in 4 classes that differ."""
@@ -167,7 +178,8 @@ def trained(tmp_path_factory, call, tiny_npz):
     """The best checkpoint of a SimCLR ResNet-18 that train.py trained on `tiny_npz`."""
     home = tmp_path_factory.mktemp("trained")
     done = call(
-        "train.py", "--dataset", f"npz:{tiny_npz}", "--arch", "resnet18", "--size", 8,
+        "train.py", "--training-mode", "SimCLR", "--dataset", f"npz:{tiny_npz}", "--arch",
+        "resnet18", "--size", 8,
         "--epochs", 1, "--batch-size", 16, "--lr", 0.05, "--normalize", cwd=home,
     )
     assert done.returncode == 0, done.stderr

@@ -23,6 +23,7 @@ from PIL import Image
 
 import models
 from infra import checkpoints
+from utils import UserError
 
 # What torchvision.datasets has; written out, since importing it takes seconds.
 CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"  # of cifar-10-python.tar.gz
@@ -59,8 +60,8 @@ def train(run, tiny_npz):
 
     def run_train(*arguments, **kwargs):
         return run(
-            "train.py", "--dataset", f"npz:{tiny_npz}", "--arch", "resnet18", "--size", 8,
-            "--epochs", 1, "--batch-size", 16, *arguments, **kwargs,
+            "train.py", "--training-mode", "SimCLR", "--dataset", f"npz:{tiny_npz}", "--arch",
+            "resnet18", "--size", 8, "--epochs", 1, "--batch-size", 16, *arguments, **kwargs,
         )
 
     return run_train
@@ -294,6 +295,43 @@ def test_a_checkpoint_of_a_network_that_is_not_there_is_refused(
     refused(evaluate(path), path, value, known)
 
 
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({"size": -1}, "size"), ({"size": 2**70}, "size"), ({"size": 10**9}, "size"),
+     ({"in_classes": ["0-2"]}, "in_classes"), ({"in_classes": [2**80]}, "in_classes"),
+     ({"normalize": True}, "mean and std"),
+     ({"normalize": True, "mean": ["0.5"] * 3, "std": [0.2] * 3}, "mean and std"),
+     ({"normalize": True, "mean": [10**400] * 3, "std": [0.2] * 3}, "mean and std"),
+     ({"normalize": True, "mean": [0.5] * 3, "std": [0.0] * 3}, "mean and std"),
+     ({"dataset": "npz:a\0b"}, "dataset"), ({"data_dir": "\ud800"}, "data_dir")],
+    ids=str,
+)
+def test_a_config_that_train_cannot_have_written_is_refused(
+    changes, wanted, evaluate, states, config, weights
+):
+    path = weights / "impossible.pth.tar"
+    state = {"head.weight": states["SupCE"]["head.weight"]}
+    torch.save({"state_dict": state, "config": config | changes}, path)
+    refused(evaluate(path), f"--ckpt {path}: its config has no {wanted}")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's: quantised tensors are going
+@pytest.mark.parametrize(
+    "tensor",
+    [lambda: torch.zeros(1).expand(60_000, 60_000), lambda: torch.zeros(1).expand(10**9, 512),
+     lambda: torch.quantize_per_tensor(torch.zeros(3, 512), 0.1, 0, torch.quint8),
+     lambda: torch.zeros(3, 512).to(torch.float8_e4m3fn)],
+    ids=["expanded", "expanded head", "quantised", "float8"],
+)
+def test_a_tensor_that_is_larger_than_its_file_or_of_another_kind_is_refused_before_its_values(
+    tensor, config, tmp_path
+):
+    path = tmp_path / "network.pth"
+    torch.save({"state_dict": {"head.weight": tensor()}, "config": config}, path)
+    with pytest.raises(UserError, match=r"head.weight is not a plain tensor"):
+        checkpoints.load_checkpoint(path)
+
+
 @pytest.mark.parametrize("theirs", ["resnet18.yaml", {"arch": {"depth": 18}}], ids=["text", "dict"])
 def test_a_foreign_checkpoint_with_a_config_of_its_own_needs_its_training_mode(
     theirs, evaluate, states, weights
@@ -421,6 +459,7 @@ def test_a_download_that_fails_is_refused_with_the_reason(
                         start=command)
     md5 = {"cifar10": CIFAR10_MD5, "texture": DTD_MD5}[name]
     refused(done, name, "download failed", "refused", md5)
+    assert not (done.cwd / "sets").exists()
 
 
 @pytest.fixture
@@ -458,6 +497,20 @@ def test_an_image_cut_short_is_named(evaluate, trained, folder):
     refused(evaluate(trained, "--ood", f"folder:{folder}"), bad, "cannot decode")
 
 
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "GIF"])
+def test_an_image_of_a_format_that_no_suffix_of_ours_has_is_not_opened(
+    content, train, folder, monkeypatch
+):
+    """PIL chooses by content, and would have Ghostscript run that of a PostScript file."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it was run"))
+    bad = folder / "train/dog/1.png"
+    if content == "GIF":
+        Image.new("RGB", (9, 8)).save(bad, "GIF")
+    else:
+        bad.write_bytes(content)
+    refused(train("--dataset", f"folder:{folder}"), bad, "cannot identify")
+
+
 def test_a_grey_image_of_16_bits_is_named(train, folder):
     bad = folder / "train/dog/1.png"
     Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(bad)
@@ -471,8 +524,6 @@ ARRAYS = {
     "four channels": ({"train_images": np.zeros((6, 8, 8, 4), np.uint8)},
                       ["train_images", "[6, 8, 8, 4]", "[N, height, width, 3]"]),
     "no images": ({"train_images": IMAGES[:0]}, ["no images", "train"]),
-    "labels of wrong shape": ({"train_images": IMAGES, "train_labels": np.zeros((6, 2), int)},
-                              ["train_labels", "[6, 2]", "each of the 6 images"]),
     "too few labels": ({"train_images": IMAGES, "train_labels": LABELS[:5]},
                        ["train_labels", "[5]", "each of the 6 images"]),
     "negative labels": ({"train_images": IMAGES, "train_labels": LABELS - 1},
@@ -486,6 +537,26 @@ def test_arrays_that_are_no_images_or_labels_are_refused_by_name(kind, train, tm
     arrays, words = ARRAYS[kind]
     np.savez(path, **arrays)
     refused(train("--dataset", f"npz:{path}"), path, *words)
+
+
+def test_labels_that_are_no_classes_are_refused_where_they_are_needed(train, tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, train_images=IMAGES, train_labels=np.zeros((6, 14), int))
+    done = train("--dataset", f"npz:{path}", "--training-mode", "SupCon")
+    refused(done, "--training-mode SupCon", path, "SimCLR needs none")
+    assert f"train_labels of {path} is int64 [6, 14]" in done.stderr
+
+
+def test_the_training_mode_has_no_default(run):
+    refused(run("train.py", "--dataset", "digits"), "required: --training-mode")
+
+
+def test_a_folder_without_test_images_is_refused_whatever_lies_beside_train(
+    evaluate, folder, foreign
+):
+    (folder / "test").rename(folder / "inbox")
+    done = evaluate(*foreign[:-1], f"folder:{folder}")
+    refused(done, f"--dataset folder:{folder}", "no folder test/")
 
 
 def test_test_images_are_checked_as_training_images_are(train, tiny_npz, tmp_path):
@@ -596,6 +667,8 @@ def test_there_is_no_rest_of_all_classes(evaluate, foreign):
      ("--weight-decay 1e300", ["--weight-decay", "1e300"]),
      ("--exp-name ../x", ["--exp-name", "'../x' is not a name below"]),
      ("--exp-name=", ["--exp-name", "'' is not a name below"]),
+     *((f"--{flag}=--", [f"--{flag}: expected a value"]) for flag in (
+         "epochs", "lr", "mean", "arch", "dataset", "config", "gpu", "in-classes")),
      ("--epoch 3", ["--epoch 3"])],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -621,6 +694,32 @@ def test_scores_below_a_file_are_refused_before_anything_is_computed(evaluate, t
     place = tmp_path / "taken"
     place.write_text("a file")
     refused(evaluate(trained, "--scores", place / "scores.csv"), "--scores", place)
+
+
+@pytest.mark.parametrize(
+    ("flag", "target", "other"),
+    [("--scores", "ckpt", "--ckpt"), ("--export", "tiny", "--dataset"),
+     ("--export", "other", "--ood"), ("--scores", "picture", "is a file of --ood")],
+)
+def test_an_output_that_would_replace_an_input_is_refused(
+    flag, target, other, evaluate, ours, tiny_npz, other_npz, folder
+):
+    picture = folder / "test/dog/1.png"
+    path = {"ckpt": ours, "tiny": tiny_npz, "other": other_npz, "picture": picture}[target]
+    before = path.read_bytes()
+    done = evaluate(ours, "--ood", f"npz:{other_npz}", f"folder:{folder}", flag,
+                    os.path.relpath(path, folder.parent))
+    refused(done, flag, other)
+    assert path.read_bytes() == before
+
+
+def test_results_may_lie_in_a_folder_of_images_and_be_replaced_there(
+    evaluate, trained, folder
+):
+    for _ in range(2):
+        done = evaluate(trained, "--ood", f"folder:{folder}", "--scores",
+                        folder / "test/dog/scores.csv")
+        assert done.returncode == 0, done.stderr
 
 
 def test_scores_in_place_of_a_folder_are_refused_before_anything_is_computed(
@@ -682,7 +781,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_earlier_checkpoints_are_sou
     done = train("--lr", "1e30", "--warmup", "--batch-size", 48)
     refused(done, "loss is nan", "epoch -8, step 0", status=1)
     names = [p.name for p in checkpoints_below(tmp_path)]
-    assert names == ["checkpoint.pth.tar", "checkpoint_before.pth.tar"]
+    assert names == ["checkpoint.pth.tar", "previous.pth.tar"]
 
 
 def test_a_last_step_that_ruins_the_weights_is_not_saved(train, tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import bench_step
@@ -174,7 +177,7 @@ SMALLEST = {
                            "--repeats", 1),
 }
 ROWS = {"bench_step.py": (2, "views/s"), "bench_augment.py": (1, "views/s"),
-        "bench_extract.py": (2, "images/s"), "bench_detection.py": (3, "s")}
+        "bench_extract.py": (2, "images/s"), "bench_detection.py": (6, "s")}
 
 
 @pytest.mark.parametrize("script", SMALLEST)
@@ -316,3 +319,39 @@ def test_how_cost_grows_is_measured_and_put_on_the_page(call, monkeypatch, tmp_p
         assert 0 <= found["grew_by_mib"] < found["peak_mib"]
     assert page.read_text() == (f"{BEGIN}\n{END}\n<!-- scaling: begin -->\n"
                                 f"{scaling.tables(record)}\n<!-- scaling: end -->\n")
+
+
+# --- all of it on a machine with a GPU ------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_steps_for_a_gpu_run_on_digits_and_go_on_where_time_was_over(tmp_path):
+    left_out = ("tests", "bench_step_resnet18", "bench_step_resnet50", "supcon18", "simclr50",
+                "precision")  # the same programs once more: their records say that they are done
+    for name in left_out:
+        (tmp_path / f"{name}.json").write_text("{}")
+
+    def run(*arguments, **environment):
+        clean = os.environ | {"PYTHON": sys.executable, "RESULTS": str(tmp_path)} | environment
+        clean |= {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([ROOT / "benchmarks/gpu_evidence.sh", *arguments], env=clean,
+                              capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    done = run("--smoke", LIMIT="1")
+    assert done.returncode == 75, done.stderr
+    assert "before the end of bench_detection; the same command goes on" in done.stdout
+    assert {path.stem for path in tmp_path.iterdir()} == {*left_out}
+    done = run("--smoke")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "bench_detection.json").read_text())["settings"]["rows"] == 99
+    record = json.loads((tmp_path / "simclr18.json").read_text())
+    assert record["command"].endswith("--only simclr18 simclr18_m10 simclr18_k1 simclr18_k5")
+    assert "evaluate simclr18_k5, seed 1: done" in record["output"]
+    assert "SSDk, k = 5" in (tmp_path / "gpu_smoke/table.md").read_text()
+    trained = tmp_path.glob("networks/*/latest_exp/checkpoint/checkpoint.pth.tar")
+    assert len(list(trained)) == 1
+    assert [name for name in left_out if f"== {name}:" in done.stdout] == []
+    for wrong in ((), ("nowhere",), ("--smoke", "more")):
+        done = run(*wrong)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "expected a folder of image sets or --smoke" in done.stderr

@@ -29,7 +29,8 @@ LINE = re.compile(
     r"In-data = (\S+), OOD = (\S+), Clusters = (\d+), "
     r"FPR95 = ([\d.e-]+), AUROC = ([\d.e-]+), AUPR = ([\d.e-]+)"
 )
-SMALL = ("--arch", "resnet18", "--size", 8, "--epochs", 2, "--batch-size", 16, "--lr", 0.05)
+SMALL = ("--training-mode", "SimCLR", "--arch", "resnet18", "--size", 8, "--epochs", 2,
+         "--batch-size", 16, "--lr", 0.05)
 
 
 def records(path):
@@ -50,8 +51,8 @@ def training(command, call, tmp_path_factory, tiny_npz):
     @functools.cache
     def run(mode):
         home, start = tmp_path_factory.mktemp(mode), command if mode == "SimCLR" else call
-        done = start("train.py", "--training-mode", mode, "--dataset", "npz", "--data-dir",
-                     tiny_npz, *SMALL, "--normalize", "--save-freq", 1, "--print-freq", 2,
+        done = start("train.py", "--dataset", "npz", "--data-dir", tiny_npz, *SMALL,
+                     "--training-mode", mode, "--normalize", "--save-freq", 1, "--print-freq", 2,
                      cwd=home, env=environment())
         assert done.returncode == 0, done.stderr
         return home, done.stdout
@@ -64,7 +65,8 @@ def test_training_writes_the_folders_logs_and_checkpoints_of_the_original(traini
     home, stdout = training(mode)
     run = run_of(home)
     assert run.name == "1--dataset-npz-arch-resnet18-lr-0.05_epochs-2"
-    names = ["checkpoint", "checkpoint_1", "checkpoint_2", "checkpoint_before", "model_best"]
+    # What collects the original's epochs by checkpoint_*.pth.tar finds them alone.
+    names = ["checkpoint", "checkpoint_1", "checkpoint_2", "model_best", "previous"]
     files = sorted(f.name for f in (run / "checkpoint").iterdir())
     assert files == [f"{n}.pth.tar" for n in names]
 
@@ -92,7 +94,10 @@ def test_training_writes_the_folders_logs_and_checkpoints_of_the_original(traini
 
     text = (run / "setup.log").read_text()
     assert text.startswith("Namespace(")
-    assert f"Epoch 1, validation accuracy {100 * epochs[1]['monitor']}, best_prec " in text
+    score, best = (100 * epochs[1][key] for key in ("monitor", "best"))
+    lines = text.splitlines()  # the original's, to its end, and ours below it
+    at = lines.index(f"Epoch 1, validation accuracy {score}, best_prec {best}")
+    assert lines[at + 1].startswith(f"Epoch 1: loss {epochs[1]['loss']:.4f}, lr ")
     assert text in stdout
 
 
@@ -130,7 +135,7 @@ def test_the_warm_up_comes_on_top_and_is_not_watched(call, tmp_path, tiny_npz, m
     )
     folder = run_of(tmp_path) / "checkpoint"
     assert torch.load(folder / "model_best.pth.tar", weights_only=True)["epoch"] == 1
-    names = {f.name for f in folder.iterdir()} - {"checkpoint_before.pth.tar"}
+    names = {f.name for f in folder.iterdir()} - {"previous.pth.tar"}
     assert names == {f"{n}.pth.tar" for n in ("checkpoint", "checkpoint_1", "model_best")}
 
 
@@ -180,7 +185,7 @@ def test_a_checkpoint_starts_a_training_from_its_weights(call, tmp_path, tiny_np
      ("eval_ssdk.py", ["--gpu", "0"])],
 )
 def test_dead_flags_are_accepted_and_say_that_they_do_nothing(call, tmp_path, script, flags):
-    more = ["--dataset", "npz:none.npz"] if script == "train.py" else ["--ckpt", "none"]
+    more = [*SMALL, "--dataset", "npz:none.npz"] if script == "train.py" else ["--ckpt", "none"]
     done = call(script, *more, *flags, cwd=tmp_path)
     for flag in flags[::2]:
         assert f"{script}: note: {flag} does nothing" in done.stderr
@@ -351,6 +356,9 @@ def test_foreign_checkpoints_evaluate_to_the_numbers_of_ours(
         },
         "bare": state,
         "DDP": {f"module.{k}": v for k, v in state.items()},
+        "encoder": {k: v for k, v in state.items() if k.startswith("encoder.")},
+        "uncounted": {"model": {"state_dict": {
+            k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}}},
     }
     common = ("--ood", f"npz:{other_npz}")
     done = call("eval_ssd.py", "--ckpt", trained, *common, "--exp-name", "ours", cwd=tmp_path)
@@ -391,8 +399,7 @@ def test_importing_a_room_needs_neither_faiss_nor_matplotlib_nor_arguments(tmp_p
 
 # --- images in files ------------------------------------------------------------------------------
 
-IMAGENET = ("--dataset", "imagenet", "--arch", "resnet18", "--size", 8, "--epochs", 1,
-            "--batch-size", 10, "--lr", 0.01)
+IMAGENET = (*SMALL, "--dataset", "imagenet", "--epochs", 1, "--batch-size", 10, "--lr", 0.01)
 CONSTANTS = ("--normalize", "--mean", 0.5, 0.4, 0.3, "--std", 0.25, 0.25, 0.2)
 
 
@@ -441,7 +448,7 @@ def test_a_picture_that_cannot_be_decoded_ends_training_with_its_name(
 ])
 def test_flags_of_images_in_files_that_cannot_be_meant_are_refused(flags, words):
     with pytest.raises(utils.UserError, match=words):
-        train.main(list(map(str, flags)))
+        train.main(list(map(str, (*SMALL, *flags))))
 
 
 def test_workers_without_files_are_noted(call, tmp_path, tiny_npz):

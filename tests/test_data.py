@@ -142,15 +142,30 @@ def test_both_splits_of_a_file_count_the_same_classes(tmp_path, train, test):
         ({"test_images": random_bytes(2, 36)}, r"\[2, 36\]"),
         ({"test_images": random_bytes(0, 6, 6)}, "no images"),
         ({"test_images": random_bytes(2, 6, 6), "test_labels": np.arange(3)}, "test_labels"),
-        ({"test_images": random_bytes(2, 6, 6), "test_labels": np.eye(2)}, "test_labels"),
         ({"test_images": random_bytes(2, 6, 6), "test_labels": np.array([-1, 0])}, "-1"),
     ],
-    ids=["no array", "floats", "four channels", "flat", "none", "too many", "one-hot", "negative"],
+    ids=["no array", "floats", "four channels", "flat", "none", "too many", "negative"],
 )
 def test_arrays_of_another_form_are_refused_by_what_is_wrong(tmp_path, arrays, found):
     spec = write_npz(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=found):
         load(spec, "test", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [
+    np.eye(4, 14, dtype=np.uint8), np.arange(4.0), np.array(list("abcd")), np.array([True] * 4),
+    np.array(["a", None, 2, []], dtype=object), np.int64(3), np.zeros((4, 1, 1), int),
+], ids=["14 findings", "floats", "text", "bool", "objects", "a number", "three axes"])
+def test_labels_of_no_class_each_are_said_and_leave_images_without_classes(
+    tmp_path, capsys, labels
+):
+    spec = write_npz(tmp_path / "a.npz", test_images=random_bytes(4, 6, 6), test_labels=labels,
+                     train_images=random_bytes(2, 6, 6), train_labels=np.arange(2))
+    images = load(spec, "test", tmp_path)
+    assert (len(images), images.class_names, images.labels.tolist()) == (4, None, [0] * 4)
+    said = capsys.readouterr().err
+    assert f"test_labels of {tmp_path / 'a.npz'} is {np.asarray(labels).dtype}" in said
+    assert load(spec, "train", tmp_path).class_names == ("0", "1")  # its own are sound
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive at all", b"PK\x03\x04 a torn one"])
@@ -331,7 +346,8 @@ def test_files_are_indexed_as_a_tensor_and_decoded_when_they_are_asked_for(image
     assert images.pixels.shape == (4, 3, 8, 8)
     decoded = []
     load_rgb = image_files.load_rgb
-    monkeypatch.setattr(image_files, "load_rgb", lambda f: decoded.append(f) or load_rgb(f))
+    monkeypatch.setattr(image_files, "load_rgb", lambda file, upright: (
+        decoded.append(file) or load_rgb(file, upright)))
     part = images.subset(torch.tensor([3, 0, 0]))
     assert torch.equal(data.restrict(images, (1,)).pixels.index, torch.tensor([1, 2]))
     assert part.pixels[1:].shape == (2, 3, 8, 8)
@@ -373,6 +389,18 @@ def test_the_fingerprint_of_files_is_of_their_names_below_the_folder_sizes_and_l
     with open(folder / "n01/c.JPEG", "ab") as file:
         file.write(b" ")
     assert of(moved) != before
+
+
+@pytest.mark.parametrize(("level", "other"), [(0, 1), (255, 254), (128, 140), (7, 7)])
+def test_a_channel_of_nearly_one_level_is_not_scaled(level, other):
+    pixels = torch.from_numpy(random_bytes(60, 3, 8, 8))
+    pixels[:, 2] = level
+    pixels[7, 2, 3, 3] = other
+    images = data.ImageSet("dark", pixels, torch.zeros(60, dtype=torch.int64))
+    mean, std = data.normalisation("folder", images)
+    assert std[2] == 1
+    assert mean[2] == pytest.approx(level / 255, abs=1e-3)
+    assert 0.2 < std[0] < 0.4
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])
@@ -484,6 +512,69 @@ def test_a_folder_without_what_is_wanted_is_refused(tmp_path, files, split, foun
         write_image(path) if path.suffix == ".png" else path.write_text("no image")
     with pytest.raises(UserError, match=found):
         load(f"folder:{tmp_path / 'odd'}", split, tmp_path)
+
+
+@pytest.mark.parametrize("names", [("bench", "test", "tube"), ("bench", "train", "tube"),
+                                   ("deep/down", "test", "link")])
+def test_an_outlier_set_may_have_a_class_called_train_or_test(tmp_path, names):
+    for i, name in enumerate(names):
+        folder = tmp_path / ("odd" if name != "link" else "elsewhere") / name
+        for j in range(4):
+            write_image(folder / f"{j}.png", seed=4 * i + j)
+    if "link" in names:
+        (tmp_path / "odd/link").symlink_to(folder)
+    images = load(f"folder:{tmp_path / 'odd'}", "test", tmp_path)
+    assert images.class_names == tuple(sorted(name.partition("/")[0] for name in names))
+    assert images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("beside", "split"),
+    [(["1.png", "2.png"], ["test"]), (["bench/1.png", "tube/deep/2.jpg"], ["train", "test"])],
+    ids=["loose", "folders beside both splits"],
+)
+def test_images_beside_the_splits_are_counted(tmp_path, capsys, beside, split):
+    for name in [*beside, *(f"{s}/{i}.png" for s in split for i in range(2))]:
+        write_image(tmp_path / "odd" / name)
+    assert len(load(f"folder:{tmp_path / 'odd'}", "test", tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert f"2 images of {tmp_path / 'odd'} beside train/ and test/ were not read" in said
+    assert str(tmp_path / "odd" / beside[0]) in said
+
+
+def test_files_that_are_not_read_are_counted_by_their_kind(tmp_path, capsys):
+    write_image(tmp_path / "odd/cat/1.png")
+    write_image(tmp_path / "odd/dog/1.png")
+    for name in ("cat/a.gif", "cat/b.GIF", "cat/c.heic", "dog/deep/DSC0001", "labels.csv",
+                 "fox/only.avif", ".hidden"):
+        (tmp_path / "odd" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "odd" / name).write_bytes(b"x")
+    images = load(f"folder:{tmp_path / 'odd'}", "test", tmp_path)
+    assert (len(images), images.class_names) == (2, ("cat", "dog"))
+    said = capsys.readouterr().err
+    for words in ("6 of 8 files were not read", "2 .gif", "1 .heic", "1 .avif", "1 .csv",
+                  "1 without a suffix", ".webp"):
+        assert words in said
+    load(f"folder:{tmp_path / 'odd/dog'}", "test", tmp_path)
+    assert "1 of 2 files were not read: 1 without a suffix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "cat/deep/x.png", "dog", "x.gif", "round.jpg"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, name):
+    write_image(tmp_path / "odd/cat/1.png")
+    link = tmp_path / "odd" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(link if name == "round.jpg" else "/nowhere/x")
+    with pytest.raises(UserError, match=f"{link} is a link to .*, where there is nothing"):
+        load(f"folder:{tmp_path / 'odd'}", "test", tmp_path)
+
+
+def test_a_tilde_after_folder_or_npz_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_image(tmp_path / "odd/1.png")
+    write_npz(tmp_path / "a.npz", test_images=random_bytes(4, 6, 6))
+    assert load("folder:~/odd", "test", "nowhere").paths == (str(tmp_path / "odd/1.png"),)
+    assert load("npz:~/a.npz", "test", "nowhere").name == f"npz:{tmp_path / 'a.npz'}"
 
 
 # --- sets with a place of their own ---------------------------------------------------------------

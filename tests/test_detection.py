@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn import covariance as sklearn_covariance
+from sklearn.isotonic import isotonic_regression
 
 import detection
 import features
-from detection import SSD, FeatureError, Gaussian, SSDk, Standardizer
+from detection import SCORES, SSD, Choice, FeatureError, Gaussian, SSDk, Standardizer
 
 
 def rows(n, d, seed=0, dtype=np.float32):
@@ -43,7 +44,7 @@ def literal_scale(train, *others):
 def test_ssd_scores_are_those_of_the_original(golden, kind):
     g = golden("scores.npz")
     clusters, labels = (1, None) if kind == "one" else (4, g["labels"])
-    detector = SSD.fit(g["train"], clusters, labels)
+    detector = SSD.fit(g["train"], labels, clusters=clusters)
     test, ood = detector.score(g["test"]), detector.score(g["ood"])
     np.testing.assert_allclose(test, g[f"{kind}_score_test"], rtol=1e-6)
     np.testing.assert_allclose(ood, g[f"{kind}_score_ood"], rtol=1e-6)
@@ -104,6 +105,107 @@ def test_ssd_with_labels_takes_the_nearest_class():
     detector = SSD.fit(train, clusters=2, labels=labels)  # of a classifier: the classes, whatever m
     assert len(detector.gaussians) == 3
     np.testing.assert_allclose(detector.score(test), expected, rtol=1e-4)
+
+
+def literal_unit(*sets):
+    """Rows of unit length in float64."""
+    return [x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+            for x in sets]
+
+
+@pytest.mark.parametrize(("m", "labels"), [(1, None), (2, np.arange(300) % 3)])
+def test_tied_is_the_formula_on_unit_features_that_are_not_standardised(m, labels):
+    train, test = rows(300, 8), rows(1100, 8, seed=1)
+    unit, unit_test = literal_unit(train, test)
+    groups = [unit == unit] if labels is None else [labels == c for c in range(3)]
+    means = [unit[g].reshape(-1, 8).mean(axis=0) for g in groups]
+    residuals = np.concatenate([unit[g].reshape(-1, 8) - mean
+                                for g, mean in zip(groups, means, strict=True)])
+    covariance = residuals.T @ residuals / 300
+    expected = np.min([literal_distances(unit_test, mean, covariance) for mean in means], axis=0)
+    found = SCORES["tied"].fit(train, labels, clusters=m).score(test)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "columns"), [(300, 512), (300, 5), (7, 5)])
+def test_tied_with_one_cluster_is_ssd(n, columns, monkeypatch):
+    monkeypatch.setattr(detection, "BLOCK", columns)
+    train, test = rows(n, 12), rows(40, 12, seed=1)
+    np.testing.assert_allclose(SCORES["tied"].fit(train).score(test), SSD.fit(train).score(test),
+                               rtol=1e-9)
+
+
+def test_shrunk_is_the_formula_with_scikit_learns_covariance_of_each_cluster():
+    train, test = rows(30, 8), rows(40, 8, seed=1)
+    labels = np.arange(30) % 3
+    scaled, scaled_test = literal_scale(train, test)
+    expected = np.min([
+        literal_distances(scaled_test, part.mean(axis=0), sklearn_covariance.ledoit_wolf(part)[0])
+        for part in (scaled[labels == c] for c in range(3))], axis=0)
+    found = SCORES["shrunk"].fit(train, labels, clusters=3).score(test)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (300, 1), (300, 7), (300, 300)])
+def test_knn_is_the_squared_distance_to_the_kth_of_all_training_rows(n, k, monkeypatch):
+    monkeypatch.setattr(detection, "ROWS", 11)  # training rows pass in blocks of 44
+    train, test = rows(n, 6), rows(40, 6, seed=1)
+    unit, unit_test = literal_unit(train, test)
+    every = np.square(unit_test[:, None] - unit[None]).sum(axis=2)
+    detector = SCORES["knn"].fit(train, neighbours=k)
+    np.testing.assert_allclose(detector.score(test), np.sort(every, axis=1)[:, k - 1], rtol=1e-5)
+    assert SCORES["knn"].fit(train, neighbours=1).score(train).max() < 1e-12
+
+
+def literal_crossval(unit, unit_test, seed):
+    """The eigenvalues of the other folds' axes, measured row by row, rising; and the scores."""
+    n, d = unit.shape
+    folds = min(5, n)
+    fold = np.random.default_rng(seed).permutation(n) % folds
+    variances, ranks = np.zeros(d), []
+    for f in range(folds):
+        others, held_out = unit[fold != f], unit[fold == f]
+        _, axes = np.linalg.eigh(np.cov(others.T, bias=True))
+        ranks.append(np.linalg.matrix_rank(others - others.mean(axis=0)))
+        variances += np.mean(((held_out - others.mean(axis=0)) @ axes) ** 2, axis=0) / folds
+    variances[: d - min(ranks)] = variances[: d - min(ranks)].sum() / max(1, d - min(ranks))
+    variances = isotonic_regression(variances)
+    _, axes = np.linalg.eigh(np.cov(unit.T, bias=True))
+    return np.sum(((unit_test - unit.mean(axis=0)) @ axes) ** 2 / variances, axis=1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 12, 200])
+def test_crossval_takes_variances_along_the_axes_of_four_folds_from_the_fifth(n):
+    train, test = rows(n, 9), rows(40, 9, seed=1)
+    unit, unit_test = literal_unit(train, test)
+    found = SCORES["crossval"].fit(train, seed=3).score(test)
+    np.testing.assert_allclose(found, literal_crossval(unit, unit_test, 3), rtol=1e-6)
+
+
+def test_crossval_counts_a_step_out_of_the_span_of_few_rows_where_ssd_does_not():
+    train = np.pad(rows(8, 10), ((0, 0), (0, 10)))
+    train[:, 10:] += 0.01 * rows(8, 10, seed=2)
+    step = train.copy()
+    step[:, 19] += 2.0
+    detector = SCORES["crossval"].fit(train)
+    assert (detector.score(step) > 1.2 * detector.score(train)).all()
+    equal = np.ones((6, 3), np.float32)
+    for broken, words in ((equal, "all equal"), (train[:1], "at least, not 1")):
+        with pytest.raises(FeatureError, match=words):
+            SCORES["crossval"].fit(broken)
+
+
+def test_scores_are_those_of_pytorch_ood_where_it_has_them():
+    detectors = pytest.importorskip("pytorch_ood.detector")
+    train, test, labels = rows(300, 8), rows(40, 8, seed=1), np.arange(300) % 3
+    unit, unit_test = (torch.from_numpy(x).float() for x in literal_unit(train, test))
+    theirs = detectors.Mahalanobis(None).fit_features(unit, torch.from_numpy(labels))
+    np.testing.assert_allclose(  # theirs is half the distance, by the sum over the rows for 1/N
+        SCORES["tied"].fit(train, labels, clusters=3).score(test),
+        2 * 300 * theirs.predict_features(unit_test), rtol=1e-3)
+    theirs = detectors.KNN(None, k=7).fit_features(unit, torch.from_numpy(labels))
+    np.testing.assert_allclose(SCORES["knn"].fit(train, neighbours=7).score(test) ** 0.5,
+                               theirs.predict_features(unit_test), rtol=1e-3)
 
 
 def test_the_mean_score_of_the_training_rows_is_the_dimension():
@@ -200,7 +302,7 @@ def test_a_cholesky_factor_has_the_scores_of_the_eigenvectors(monkeypatch, shrin
     torch.testing.assert_close(quick.score(x), slow.score(x), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("decades", [7, 10, 20])
+@pytest.mark.parametrize("decades", [5, 7, 10, 20])
 def test_a_covariance_near_singular_is_left_to_the_eigenvectors(decades):
     rng = np.random.default_rng(0)
     scale = np.logspace(0, -decades, 40)
@@ -265,7 +367,7 @@ def test_a_coordinate_that_is_constant_in_training_counts_in_no_set(fit):
 def test_a_cluster_of_one_image_is_left_out_of_the_minimum():
     train, test = rows(61, 5), rows(10, 5, seed=1)
     labels = np.array([0] * 60 + [1])
-    detector = SSD.fit(train, 2, labels)
+    detector = SSD.fit(train, labels, clusters=2)
     assert (len(detector.gaussians), detector.left_out) == (1, 1)
     scores = detector.score(test)
     assert np.isfinite(scores).all()
@@ -283,16 +385,34 @@ def test_a_single_known_outlier_gives_finite_scores():
     assert np.isfinite(detector.score(rows(9, 5, seed=1), known)).all()
 
 
+@pytest.mark.parametrize(
+    ("scale", "width", "reason"),
+    [(1e-25, 6, "shorter than 1e-10"), (1e-200, 6, "shorter than 1e-10"),
+     (1e200, 6, r"in 30 of 30 rows, or above 1e\+150"), (1.0, 1, "single dimension")],
+)
+def test_features_that_cannot_be_scaled_to_unit_length_are_refused_with_the_reason(
+    scale, width, reason
+):
+    x = scale * np.random.default_rng(0).normal(1, 1, (30, width))
+    for detector in (SSD, SSDk):
+        with pytest.raises(FeatureError, match=reason):
+            detector.fit(x)
+    if width > 1:  # features of zeros have no length to be short of
+        SSD.fit(np.concatenate([np.zeros((25, width)), x / scale]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_features_that_are_not_finite_are_refused_and_counted(bad):
+@pytest.mark.parametrize("choice", detection.choices(SCORES, {"clusters": [2], "neighbours": [5]}),
+                         ids=str)
+def test_features_that_are_not_finite_are_refused_and_counted(choice, bad):
     train, test = rows(30, 4), rows(10, 4, seed=1)
     broken = train.copy()
     broken[[3, 7], 1] = bad
     with pytest.raises(FeatureError, match="training features are not finite in 2 of 30 rows"):
-        SSD.fit(broken)
+        choice.fit(broken)
     test[2] = bad
     with pytest.raises(FeatureError, match="cats are not finite in 1 of 10 rows"):
-        SSD.fit(train).score(test, "cats")
+        choice.fit(train).score(test, "cats")
 
 
 def test_features_of_another_width_are_refused():
@@ -303,6 +423,8 @@ def test_features_of_another_width_are_refused():
 def test_more_clusters_than_rows_are_refused():
     with pytest.raises(FeatureError, match="7 clusters are more than the 6"):
         SSD.fit(rows(6, 3), clusters=7)
+    with pytest.raises(FeatureError, match="7 neighbours are more than 6"):
+        SCORES["knn"].fit(rows(6, 3), neighbours=7)
 
 
 # --- clusters -------------------------------------------------------------------------------------
@@ -334,30 +456,14 @@ def test_kmeans_assigns_each_row_to_its_nearest_centre():
 
 def test_detectors_fitted_together_score_as_each_alone():
     train, test = rows(200, 6), rows(30, 6, seed=1)
-    together = detection.fit_each(train, [1, 3, 1], seed=4)
-    assert list(together) == [1, 3]
+    choices = detection.choices(["ssd", "tied", "ssd", "knn", "crossval"],
+                                {"clusters": [1, 3, 1], "neighbours": [5]})
+    assert choices == [("ssd", 1), ("ssd", 3), ("tied", 1), ("tied", 3), ("knn", 5),
+                       ("crossval", None)]
+    together = {choice: choice.fit(train, seed=4) for choice in choices}
     scores = detection.score_each(together, test)
-    for m in (1, 3):
-        alone = SSD.fit(train, m, seed=4).score(test)
-        np.testing.assert_array_equal(scores[m], alone)
-        np.testing.assert_array_equal(together[m].score(test), alone)
-
-
-def test_features_are_standardised_once_for_several_numbers_of_clusters(monkeypatch):
-    calls = []
-    fit, rows_of = Standardizer.fit.__func__, Standardizer.rows
-    monkeypatch.setattr(Standardizer, "fit", classmethod(
-        lambda cls, *args: calls.append("fit") or fit(cls, *args)))
-    monkeypatch.setattr(Standardizer, "rows", lambda self, x: calls.append(len(x)) or
-                        rows_of(self, x))
-    detectors = detection.fit_each(rows(60, 4), [1, 2, 5])
-    detection.score_each(detectors, rows(9, 4))
-    assert calls == ["fit", 60, 9]
-
-
-def test_detectors_of_different_training_features_are_not_scored_together():
-    with pytest.raises(ValueError, match="not fitted together"):
-        detection.score_each({1: SSD.fit(rows(20, 3)), 2: SSD.fit(rows(20, 3))}, rows(5, 3))
+    for choice, detector in together.items():
+        np.testing.assert_array_equal(scores[choice], detector.score(test))
 
 
 def test_a_known_distance_to_the_inliers_is_not_measured_again():
@@ -416,8 +522,8 @@ def test_features_in_a_file_have_the_scores_of_features_in_memory_to_the_last_bi
 ):
     monkeypatch.setattr(detection, "ROWS", rows_at_once)
     train, test = rows(1000, 12), rows(333, 12, seed=1)
-    expected = SSD.fit(train, clusters, labels, seed=3)
-    found = SSD.fit(stored(train), clusters, labels, seed=3)
+    expected = SSD.fit(train, labels, clusters=clusters, seed=3)
+    found = SSD.fit(stored(train), labels, clusters=clusters, seed=3)
     np.testing.assert_array_equal(found.score(stored(test)), expected.score(test))
     _, axes = expected.gaussians[0].directions()
     in_memory, in_file = (
@@ -425,6 +531,14 @@ def test_features_in_a_file_have_the_scores_of_features_in_memory_to_the_last_bi
         for detector, x in ((expected, test), (found, stored(test)))
     )
     assert torch.equal(in_file, in_memory)
+
+
+@pytest.mark.parametrize("choice", [Choice("tied", 3), Choice("shrunk", 1), Choice("knn", 5),
+                                    Choice("crossval")], ids=str)
+def test_other_scores_of_features_in_a_file_are_those_in_memory_to_the_last_bit(stored, choice):
+    train, test = rows(2100, 9), rows(1100, 9, seed=1)
+    found = choice.fit(stored(train), seed=3).score(stored(test))
+    np.testing.assert_array_equal(found, choice.fit(train, seed=3).score(test))
 
 
 def test_ssdk_scores_of_features_in_a_file_are_those_in_memory_to_the_last_bit(stored):
@@ -476,16 +590,18 @@ def most_memory():
 
 
 def detect_by_all(x):
-    """Fit to features and score them, in all ways."""
-    detection.score_each(detection.fit_each(x, [1, 3]), x)
+    """Fit to features and score them, in all ways but by neighbours, which are kept."""
+    kept = detection.choices(SCORES.keys() - {"knn"}, {"clusters": [1, 3]})
+    for choice in kept:  # not at once: the scores of so many would be a good part of the bound
+        choice.fit(x).score(x)
     detector = SSDk.fit(x)
     detector.score(x, detector.know(x), inside=detector.distance(x))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_features_in_a_file(stored):
-    few, many = stored(rows(2000, 128)), stored(np.tile(rows(1000, 128), (30, 1)))
-    detect_by_all(few)  # the buffers of the libraries exist from here on
+    few, many = stored(rows(6000, 128)), stored(np.tile(rows(1000, 128), (30, 1)))
+    detect_by_all(few)  # buffers, for chunks of folds and clusters too, exist from here on
     with most_memory() as seen:
         detect_by_all(many)
     assert seen[-1] - seen[0] < 7  # of 15 MiB of features
@@ -498,8 +614,9 @@ def test_arguments_are_never_written_to():
     train, test = rows(60, 5), rows(10, 5, seed=1)
     labels = np.arange(60) % 2
     before = train.copy(), test.copy(), labels.copy()
-    SSD.fit(train, 2, labels).score(test)
-    SSD.fit(train, 2).score(test)
+    for score in SCORES:
+        for given in (None, labels):
+            Choice(score, 2).fit(train, given).score(test)
     detector = SSDk.fit(train)
     detector.score(test, detector.know(test))
     scores = np.arange(5.0), np.arange(3.0)
@@ -589,8 +706,8 @@ def test_scores_on_the_gpu_are_those_of_the_cpu(features_on):
     train, test = rows(300, 16), rows(50, 16, seed=1)
     labels = np.arange(300) % 3
     there = {n: torch.from_numpy(x).to(features_on) for n, x in (("train", train), ("test", test))}
-    expected = SSD.fit(train, 3, labels).score(test)
-    detector = SSD.fit(there["train"], 3, labels, device="cuda")
+    expected = SSD.fit(train, labels, clusters=3).score(test)
+    detector = SSD.fit(there["train"], labels, clusters=3, device="cuda")
     np.testing.assert_allclose(detector.score(there["test"]), expected, rtol=1e-6)
     expected, detector = SSDk.fit(train), SSDk.fit(there["train"], device="cuda")
     known = rows(20, 16, seed=2)

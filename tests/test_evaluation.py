@@ -1,7 +1,9 @@
 """Results are recorded whole, whatever is killed, repeated or run at the same time."""
 
 import contextlib
+import csv
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from conftest import ROOT, environment
 import data
 import features
 import utils
+from detection import Choice
 from report.records import Report, line_of, read_records
 
 RESULT = {"in": "cifar10", "ood": "cifar100", "clusters": 1, "fpr95": 0.5078,
@@ -65,11 +69,17 @@ def report(tmp_path):
 
 
 def add(report, ood="b", shift=1.0):
-    report.add(np.arange(6.0), image_set(ood, 3), np.arange(6.0) + shift, clusters=1, panel="p")
+    report.add(np.arange(6.0), image_set(ood, 3), np.arange(6.0) + shift,
+               choice=Choice("ssd", 1))
 
 
-def test_the_line_of_a_record_is_the_originals():
-    assert line_of(RESULT) == LINE
+@pytest.mark.parametrize(("choice", "which"), [
+    (Choice("ssd", 1), "Clusters = 1"), (Choice("tied", 6), "Score = tied, m = 6"),
+    (Choice("knn", 50), "Score = knn, k = 50"), (Choice("crossval", None), "Score = crossval")])
+def test_the_line_of_a_record_is_the_originals_with_the_score_for_clusters(choice, which):
+    record = {k: v for k, v in RESULT.items() if k != "clusters"} | choice.fields()
+    assert line_of(record) == LINE.replace("Clusters = 1", which)
+    assert Choice.of(record) == choice
 
 
 def test_a_second_evaluation_is_appended_with_all_that_is_known(report, tmp_path, capsys):
@@ -133,6 +143,30 @@ def test_a_set_whose_name_breaks_a_line_has_one_line(report, tmp_path):
     assert raw.count(b"\n") == 1
     assert b"OOD = npz:a b \xff, Clusters" in raw
     assert [r["ood"] for r in read_records(tmp_path / "e_ssd.jsonl")] == ["npz:a\nb\r\udcff"]
+
+
+def test_a_line_that_is_no_record_is_skipped_however_strange_it_is(report, tmp_path):
+    path = tmp_path / "e_ssd.jsonl"
+    path.write_text("[" * 100_000 + "\n" + '{"a": ' * 100_000 + "\n[1]\n3\n" + "1" * 5000 + "\n")
+    add(report())
+    assert [r["ood"] for r in read_records(path)] == ["b"]
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    assert read_records(tmp_path / "fifo.jsonl") == []
+
+
+def test_no_cell_of_the_scores_is_a_formula(tmp_path):
+    names = ("=1+1", "+1", "-1", "@a", "\t=1", "a=1", "")
+    test, ood = image_set("a", 2), image_set("=b", 3)
+    ood = replace(ood, class_names=names[:1], paths=names[:6])
+    report = Report(tmp_path, "e", "ssd", train=test, test=test, seed=1, facts={},
+                    scores=tmp_path / "scores.csv")
+    report.add(np.arange(6.0), ood, -np.arange(6.0), choice=Choice("ssd", 1), against="=b")
+    report.close()
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[len(test) :]
+    assert [row["image"] for row in rows] == ["'=1+1", "'+1", "'-1", "'@a", "'\t=1", "a=1"]
+    assert {(row["set"], row["label"], row["against"]) for row in rows} == {("'=b", "'=1+1", "'=b")}
+    assert [float(row["score"]) for row in rows] == [0, -1, -2, -3, -4, -5]
 
 
 # --- the programs ---------------------------------------------------------------------------------
@@ -231,7 +265,7 @@ def test_a_store_that_cannot_be_or_fills_the_disk_is_one_line(
     assert words in line
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.usefixtures("terminal")
 def test_a_killed_evaluation_leaves_whole_records_and_features(
     evaluate, trained, tmp_path, other_npz, number
@@ -246,8 +280,8 @@ def test_a_killed_evaluation_leaves_whole_records_and_features(
         time.sleep(0.01)
     process.send_signal(number)
     _, error = process.communicate()
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert error.endswith("eval_ssd.py: error: interrupted\n" if number == signal.SIGINT else "")
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert error.endswith("error: ended by SIGTERM\n" if number == signal.SIGTERM else "")
     (record,) = consistent(base)
     again = evaluate("eval_ssd.py", *common)
     assert again.stderr.count(": from the cache") == 3  # training and test images, the first set

@@ -1,7 +1,9 @@
 """Features go out and come in by a file that numpy reads: the same numbers, nothing wrong in."""
 
 import csv
+import io
 import json
+import os
 import re
 import zipfile
 
@@ -144,6 +146,18 @@ def test_an_export_of_imported_features_has_the_same_arrays(exported, score):
 # --- features of any network ----------------------------------------------------------------------
 
 
+def test_outliers_that_score_exactly_the_threshold_are_said(call, tmp_path):
+    same = np.tile(features(1), (30, 1))
+    sets = {"train": features(40), "test": same[:20], "ood_same": same,
+            "ood_partly": np.concatenate([same[:3], features(27)]), "ood_far": features(15, seed=2)}
+    np.savez(tmp_path / "mine.npz", **sets)
+    done = call("eval_ssd.py", "--features", "mine.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: same: 30 of 30 outliers score exactly the threshold of FPR95" in done.stderr
+    assert "note: partly: 3 of 30 outliers" in done.stderr
+    assert "far" not in done.stderr
+
+
 def test_three_arrays_are_enough(score):
     (record,), _ = score(SETS, name="my net.npz")
     detector = detection.SSD.fit(SETS["train"])
@@ -189,7 +203,7 @@ def test_the_labels_of_a_classifier_are_its_clusters(how, score):
     arrays = {**SETS, "train_labels": labels, "settings": np.array(json.dumps(settings))}
     flags = ("--training-mode", "SupCE") if how == "flag" else ()
     (record,), _ = score(arrays, "--clusters", 9, *flags)
-    detector = detection.SSD.fit(SETS["train"], 9, labels)
+    detector = detection.SSD.fit(SETS["train"], labels, clusters=9)
     assert record["auroc"] == detection.metrics(
         detector.score(SETS["test"]), detector.score(SETS["ood_far"])
     )["auroc"]
@@ -218,6 +232,44 @@ def test_features_of_a_file_are_plotted_without_the_images_that_are_not_there(sc
     names = {p.name.removeprefix("temp_eval_ssd_ssd_") for p in home.rglob("*.png")}
     assert names == {"histograms.png", "roc.png", "precision_recall.png", "spectrum.png",
                      "clusters.png"}
+
+
+def test_every_score_is_told_from_the_others_in_lines_records_csv_figures_and_export(score):
+    flags = ("--score", *detection.SCORES, "--clusters", 1, 2, "--neighbours", 3, 5, "--plot")
+    found, home = score(SETS, *flags, "--scores", "s.csv", "--export", "out.npz")
+    names = ["ssd, m = 1", "ssd, m = 2", "tied, m = 1", "tied, m = 2", "shrunk, m = 1",
+             "shrunk, m = 2", "knn, k = 3", "knn, k = 5", "crossval"]
+    assert [str(detection.Choice.of(record)) for record in found] == names
+    assert found[0]["clusters"] == 1
+    assert "score" not in found[0]  # as before there were others
+    assert (found[6]["score"], found[6]["neighbours"], found[6].get("clusters")) == ("knn", 3, None)
+    lines = (home / "eval_results/temp_eval_ssd_ssd.txt").read_text()
+    assert re.findall(r"OOD = far, (.*?), FPR95", lines) == [
+        "Clusters = 1", "Clusters = 2", *(f"Score = {name}" for name in names[2:])]
+    with (home / "s.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(r["detector"] for r in rows)) == names
+    kept = content(home / "out.npz")
+    for name, key in ((names[1], "m2"), (names[3], "tied_m2"), (names[7], "knn_k5"),
+                      (names[8], "crossval")):
+        far = [float(r["score"]) for r in rows if (r["detector"], r["set"]) == (name, "far")]
+        np.testing.assert_array_equal(kept[f"scores_{key}_ood_far"], far)
+    np.testing.assert_allclose(kept["scores_tied_m1_test"], kept["scores_m1_test"], rtol=1e-9)
+    assert {path.name.rpartition("_")[2] for path in home.rglob("*.png")} == {
+        "histograms.png", "roc.png", "recall.png", "spectrum.png", "clusters.png", "neighbours.png"}
+
+
+def test_the_score_of_the_page_on_extending_runs_by_its_name(score, monkeypatch):
+    page = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)SCORES =", page, re.DOTALL)
+    exec(block, names := {**vars(detection)})
+    monkeypatch.setitem(detection.SCORES, "centroid", names["Centroid"])
+    (record,), home = score(SETS, "--score", "centroid")
+    unit = {k: x / np.linalg.norm(x, axis=1, keepdims=True) for k, x in SETS.items()}
+    inside, far = (np.square(unit[k] - unit["train"].mean(axis=0)).sum(axis=1)
+                   for k in ("test", "ood_far"))
+    assert record["auroc"] == pytest.approx(detection.metrics(inside, far)["auroc"])
+    assert "Score = centroid, FPR95" in (home / "eval_results/temp_eval_ssd_ssd.txt").read_text()
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -325,6 +377,7 @@ def text(**settings):
      ({"ood_far": np.full((4, 5), np.nan, np.float32)},
       "its ood_far features are not finite in 4 of 4 rows"),
      ({"train": np.full((4, 5), np.inf)}, "its train features are not finite in 4 of 4 rows"),
+     ({"test": np.full((4, 5), 1e200)}, "above 1e+150, where their squares are not"),
      ({"train_labels": np.zeros(39, int)}, "train_labels is int64 [39]; expected an integer for "
       "each of the 40 rows"),
      ({"test_labels": np.zeros(20)}, "test_labels is float64 [20]"),
@@ -383,14 +436,73 @@ def test_a_config_that_asks_for_a_network_does_not_go_with_features_either(refus
     ("flags", "words"),
     [("--clusters 41", "--clusters 41 is more than the 40 training"),
      ("--clusters 2 --training-mode SupCE", "the images of f have none"),
+     ("--clusters 2 --score knn", "--clusters is no setting of --score knn"),
+     ("--neighbours 2", "--neighbours is no setting of --score ssd"),
+     ("--score knn crossval", "--neighbours 50 is more than the 40 training"),
+     ("--score cnn", "'cnn'"),
      ("--export . ", "--export . is a folder"),
      ("--export f.npz/x.npz", "--export f.npz cannot be written to"),
      ("--export a --scores a", "--export and --scores are the same file, a"),
-     ("--export f.npz", "--export and --features are the same file, f.npz")],
+     ("--export ./f.npz", "--export and --features are the same file, ./f.npz"),
+     ("--scores link", "--scores and --features are the same file, link"),
+     ("--export hard", "--export and --features are the same file, hard"),
+     ("--config c.yaml --scores c.yaml", "--scores and --config are the same file, c.yaml"),
+     ("--export eval_results/temp_eval_ssd_ssd.txt", "--results-dir and --export are the same"),
+     ("--plot --scores eval_results/temp_eval_ssd_ssd_roc.png", "--results-dir and --scores are"),
+     ("--scores fifo", "--scores fifo is no regular file"),
+     ("--export full", "--export full is no regular file"),
+     ("--scores " + "x" * 300, "cannot be written to: File name too long"),
+     (f"--plot --exp-name {'x' * 180}", "cannot be written to: File name too long"),
+     ("--scores loop", "--scores loop cannot be written to: Too many levels"),
+     ("--scores /proc/new/x", "--scores /proc/new cannot be written to"),
+     ("--exp-name full", "--results-dir eval_results/full_ssd.jsonl is no regular file"),
+     ("--exp-name fifo", "--results-dir eval_results/fifo_ssd.txt is no regular file")],
 )
 def test_features_are_refused_where_they_cannot_do_what_is_asked(flags, words, refused, tmp_path):
     np.savez(tmp_path / "f.npz", **SETS)
+    (tmp_path / "c.yaml").write_text("clusters: 1")
+    if "exp-name" in flags:
+        (tmp_path / "eval_results").mkdir()
+        os.mkfifo(tmp_path / "eval_results/fifo_ssd.txt")
+        (tmp_path / "eval_results/full_ssd.jsonl").symlink_to("/dev/full")
+    os.mkfifo(tmp_path / "fifo")
+    os.link(tmp_path / "f.npz", tmp_path / "hard")
+    for name, target in (("full", "/dev/full"), ("loop", "loop"), ("link", "f.npz")):
+        (tmp_path / name).symlink_to(target)
     assert words in refused("--features", "f.npz", *flags.split())
+
+
+def test_scores_cannot_have_the_name_of_the_folder_of_results(call, tmp_path):
+    np.savez(tmp_path / "f.npz", **SETS)
+    done = call("eval_ssd.py", "--features", "f.npz", "--scores", "eval_results", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--scores eval_results is a folder" in done.stderr
+
+
+@pytest.mark.parametrize("shape", [(10**12, 5), (10**12, 1), (10**30, 5), (-1, 5), (10**12, 0)])
+def test_an_array_that_is_declared_larger_than_memory_is_refused_with_the_file(
+    shape, refused, tmp_path
+):
+    member = io.BytesIO()
+    header = {"descr": "<f8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(member, header)
+    with zipfile.ZipFile(tmp_path / "f.npz", "w") as file:
+        file.writestr("train.npy", member.getvalue())
+    refused("--features", "f.npz")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["[" * 100_000, '{"in": "\\ud800"}', '{"names": {"ood_far": "a\\udfff"}}',
+     '{"class_names": {"ood_far": ["\\ud900"]}}', '{"\\ud800": 1}'], ids=lambda text: text[:20])
+def test_settings_that_no_record_can_hold_are_refused(settings, refused, tmp_path):
+    np.savez(tmp_path / "f.npz", **SETS, settings=np.array(settings))
+    assert "--features f.npz: its settings are no JSON text" in refused("--features", "f.npz")
+
+
+def test_a_name_that_is_bytes_of_a_path_comes_in_as_it_went_out(score):
+    (record,), _ = score(SETS | {"settings": text(names={"ood_far": "folder:\udcff"})})
+    assert record["ood"] == "folder:\udcff"
 
 
 def test_a_training_mode_that_contradicts_the_file_is_refused(refused, tmp_path):

@@ -16,7 +16,7 @@ import data
 import features
 import utils
 from features import DiskFeatures, FeatureCache, FeatureSettings, FeatureStore
-from infra import checkpoints, distributed
+from infra import checkpoints, distributed, storage
 
 SETTINGS = FeatureSettings(size=8, batch_size=4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
@@ -461,6 +461,14 @@ def test_a_full_disk_ends_the_store_with_one_line_and_leaves_no_file(tmp_path):
           pytest.raises(utils.RunError, match=r"^--feature-store: .*npy cannot be written")):
         store_features(tmp_path, tiny_images(500))
     assert not files_in(tmp_path)
+
+
+def test_what_killed_evaluations_of_other_networks_left_is_swept_with_the_next_write(tmp_path):
+    left = tmp_path / f"0123456789abcdef/{storage.PARTIAL}0"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    store_features(tmp_path)
+    assert not left.exists()
 
 
 def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_computed(tmp_path):

@@ -295,11 +295,14 @@ def test_bad_calls_say_how_to_call(call, tmp_path):
      ("run", "[1]\n", "line 1 is no record to plot: expected an object, found [1]"),
      ("run", '{"event": "epoch", "epoch": 0, "loss": "x"}\n', "loss = 'x'"),
      ("run", None, "log.jsonl: No such file"),
-     ("sweep run/log.jsonl", "", "found none"),
+     ("sweep run/log.jsonl", "", "found no record"),
      ("sweep run/log.jsonl", "".join(json.dumps(record(k=k)) + "\n" for k in (None, 1)),
-      "found both"),
+      "found clusters, k"),
+     ("sweep run/log.jsonl", json.dumps({"ood": "a", "auroc": 1, "score": "crossval"}),
+      "found none"),
      ("sweep run/log.jsonl", '{"in": "a"}', "ood = None")],
-    ids=["empty", "cut", "no object", "no number", "missing", "none", "both kinds", "foreign"],
+    ids=["empty", "cut", "no object", "no number", "missing", "none", "both kinds", "no setting",
+         "foreign"],
 )
 def test_what_cannot_be_drawn_is_refused_by_name(words, content, message, call, tmp_path):
     (tmp_path / "run").mkdir()

@@ -3,16 +3,18 @@
 Decoding, indexing and fingerprints of image files: tests/test_data.py.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 import augment
 import data
@@ -73,6 +75,89 @@ def test_crops_are_torchvisions_of_the_whole_picture_to_the_last_bit(tmp_path):
             expected = F.hflip(expected) if own.flip[0] else expected
             assert torch.equal(pixels[row], F.pil_to_tensor(expected))
             assert all(torch.equal(a[0], b[row]) for a, b in zip(own, params, strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_a_folder_stand_as_the_camera_was_held(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (path,) = write(tmp_path / "a/train/x", [(40, 24)], suffix)
+    Image.open(path).save(path, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    square = image_files.resize_center_crop(expected, SIZE)
+    where = dict(data_dir=tmp_path, size=SIZE)
+    for workers in (0, 1):
+        found = data.load(f"folder:{tmp_path / 'a'}", "train", workers=workers, **where).pixels
+        assert torch.equal(data.load_pixels(found, torch.tensor([0]))[0], square)
+    (pixels, params), = batches(found)
+    assert torch.equal(pixels[0], image_files.crop(expected, params.box[0], SIZE).flip(
+        [2] if params.flip[0] else []))
+    if suffix != ".tif":  # which PIL itself turns
+        (tmp_path / "imagenet").mkdir()
+        (tmp_path / "imagenet/train").symlink_to(tmp_path / "a/train")
+        named = data.load("imagenet", "train", **where).pixels[0]
+        assert torch.equal(named, image_files.resize_center_crop(
+            Image.open(path).convert("RGB"), SIZE))
+
+
+def test_the_fingerprint_of_files_says_whether_they_are_turned(tmp_path):
+    paths = write(tmp_path / "a")
+    turned, plain = (image_files.ImageFiles(tmp_path / "a", [p.name for p in paths], SIZE, 1, u)
+                     for u in (True, False))
+    assert turned.fingerprint_inputs()[0] != plain.fingerprint_inputs()[0]
+
+
+def test_damaged_exif_leaves_a_picture_as_it_lies(tmp_path):
+    (path,) = write(tmp_path / "a", [(40, 24)], ".jpg")
+    Image.open(path).save(path, exif=b"Exif\0\0no TIFF at all")
+    assert image_files.load_rgb(path, upright=True).size == (24, 40)
+
+
+def test_a_picture_of_too_many_pixels_is_reduced_or_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # of PIL, whose word names no file
+    jpeg, png = (write(tmp_path / kind, [(64, 72)], kind)[0] for kind in (".jpg", ".png"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        whole = write(tmp_path / "ordinary", [(40, 40)])
+        assert image_files.decode([jpeg, *whole], 8).shape == (2, 3, 8, 8)
+        with pytest.raises(UserError, match=r"00\.png has 72 x 64 pixels, more than 3,000"):
+            image_files.decode([jpeg, png], 8)
+    assert caught == []
+    assert image_files.load_rgb(jpeg).size == (9, 8)
+
+
+def test_a_warning_of_pil_that_names_no_file_is_not_printed(tmp_path):
+    (path,) = write(tmp_path / "a", [(8, 8)], ".png", "P")
+    Image.open(path).save(path, transparency=bytes(range(256)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Image.open(path).convert("RGB")
+        assert len(caught) == 1
+        image_files.decode([path], 8)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(4000, 1), (3999, 1), (2, 5000), (1, 4001)])
+def test_the_square_of_a_strip_is_enlarged_alone(tmp_path, monkeypatch, width, height):
+    (path,) = write(tmp_path / "a", [(height, width)])
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *how: (
+        sizes.append(size) or resize(image, size, *how)))
+    whole = image_files.decode([path], SIZE)
+    monkeypatch.setattr(image_files, "ENLARGED", 2**15)
+    assert torch.equal(image_files.decode([path], SIZE), whole)
+    assert [max(size) < 4000 for size in sizes] == [False, True]
+
+
+def test_a_million_pixels_in_a_row_are_not_all_enlarged(tmp_path, monkeypatch):
+    (path,) = write(tmp_path / "a", [(1, 1_000_000)])
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *how: (
+        sizes.append(size) or resize(image, size, *how)))
+    assert image_files.decode([path], 64).shape == (1, 3, 64, 64)
+    assert math.prod(sizes[0]) <= 2**22 + 128
 
 
 def test_crops_of_squares_differ_from_those_in_memory_by_rounding_alone(tmp_path):

@@ -68,6 +68,20 @@ def test_order_of_images_and_of_views_does_not_matter():
     torch.testing.assert_close(SupConLoss()(features.flip(1), labels), loss)
 
 
+@pytest.mark.parametrize("labels", [None, [0, 1, 1, 0, 2]])
+def test_the_parts_of_the_images_add_up_to_the_loss(labels):
+    features, criterion = unit(5, 2, 6), SupConLoss(0.2)
+    labels = None if labels is None else torch.tensor(labels)
+    parts = [criterion(features, labels, slice(*ends)) for ends in ((0, 1), (1, 4), (4, 5), (5, 5))]
+    torch.testing.assert_close(sum(parts), criterion(features, labels), rtol=1e-12, atol=0)
+    assert parts[-1] == 0  # of a process without images
+
+
+def test_a_view_is_no_negative_of_itself_however_far_the_others_are():
+    opposite = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], dtype=torch.float64)
+    assert SupConLoss(1e-3)(opposite).item() == pytest.approx(0, abs=1e-9)
+
+
 def test_labels_that_all_differ_make_supcon_simclr():
     features = unit(5, 2, 8)
     assert SupConLoss()(features, torch.arange(5)) == SupConLoss()(features)

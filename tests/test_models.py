@@ -87,8 +87,8 @@ def test_weights_are_a_function_of_the_generator_and_of_nothing_else():
 def test_fresh_weights_have_the_spread_of_the_original():
     generator = torch.Generator().manual_seed(0)
     weights = models.build_model("resnet18", "projection", generator=generator).state_dict()
-    fan_out = 512 * 9
-    spread = weights["encoder.layer4.1.conv2.weight"].std().item()
+    fan_out = 512 * 9  # twice its fan-in
+    spread = weights["encoder.layer4.0.conv1.weight"].std().item()
     assert spread == pytest.approx(math.sqrt(2 / fan_out), rel=0.01)
     assert weights["head.0.weight"].abs().max().item() == pytest.approx(512**-0.5, rel=1e-3)
     assert weights["head.0.weight"].std().item() == pytest.approx((3 * 512) ** -0.5, rel=0.01)

@@ -70,6 +70,9 @@ def test_a_list_of_openood_gives_its_images_in_its_order(call, photos, tmp_path)
         (["fix", "gone", "out.npz"], ["no folder gone"]),
         (["fix", "photos", "out.zip"], ["out.zip", "end in .npz"]),
         (["list", "gone.txt", "out.npz"], ["gone.txt"]),
+        (["list", "list.npz", "./list.npz"], ["OUT.npz and the source are the same file"]),
+        (["list", "link.npz", "list.npz"], ["OUT.npz and the source are the same file"]),
+        (["list", "list.txt", "full.npz"], ["full.npz is no regular file"]),
         (["list", "empty.txt", "out.npz"], ["empty.txt names no image"]),
         (["list", "list.txt", "out.npz", "--root", "photos"],
          ["1 of the 1 images", "--root photos", "photos/photos/3.png"]),
@@ -78,6 +81,9 @@ def test_a_list_of_openood_gives_its_images_in_its_order(call, photos, tmp_path)
 def test_wrong_input_is_one_line_and_writes_nothing(call, photos, tmp_path, arguments, words):
     (tmp_path / "photos").symlink_to(photos)
     (tmp_path / "list.txt").write_text("photos/3.png 7\n")
+    (tmp_path / "list.npz").write_text("photos/3.png 7\n")
+    (tmp_path / "link.npz").symlink_to("list.npz")
+    (tmp_path / "full.npz").symlink_to("/dev/full")
     (tmp_path / "empty.txt").write_text("\n")
     done = call("infra/prepare.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2

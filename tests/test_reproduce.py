@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -27,6 +28,7 @@ import eval_ssdk
 import reproduce
 import train
 import utils
+from detection import Choice
 from report import tables
 
 PARSERS = {"train.py": train.parser, "eval_ssd.py": eval_ssd.parser,
@@ -67,18 +69,22 @@ with open(log, "a") as file:
     print(json.dumps(dict(event="end")), file=file)
 """
 EVALUATE = START + """
-seed = int(Path(value("--ckpt")).read_text())
+seed = int(Path(value("--ckpt")).read_text()) if "--ckpt" in words else 0
 base = home / (value("--exp-name") + Path(__file__).stem.removeprefix("eval"))
 many = lambda flag: [w for w in words[words.index(flag) + 1:][:99]]
 ood = words[words.index("--ood") + 1:]
 ood = ood[:next(i for i, word in enumerate(ood) if word.startswith("--"))]
 clusters = [1, 2] if "ssdk" not in __file__ and "--clusters" in words else [1]
+choices = [dict(clusters=m) for m in clusters]
+if "--score" in words:
+    choices += [dict(score="knn", neighbours=5), dict(score="crossval")]
 with open(f"{base}.jsonl", "a") as file:
     for i, name in enumerate(ood):
-        for m in clusters:
+        for m, choice in enumerate(choices, 1):
             auroc = 0.5 + 0.1 * i + 0.03 * m + 0.01 * seed + 0.001 * int(value("--seed"))
-            print(json.dumps(dict(ood=name, clusters=m, auroc=auroc, fpr95=1 - auroc)), file=file)
-for kind in ("histograms", "precision_recall"):
+            record = dict(ood=name, auroc=auroc, fpr95=1 - auroc, seconds=7 + i, **choice)
+            print(json.dumps(record), file=file)
+for kind in ("images_a", "histograms", "precision_recall"):
     Path(f"{base}_{kind}.png").write_bytes(f"{base}_{kind}".encode())
 """
 
@@ -111,7 +117,8 @@ def make_table(tmp_path, other_npz):
     """Function (recipe={...}, **changes) -> path of a table of two rows on one network."""
 
     def make(recipe=(), **changes):
-        settings = {"dataset": "digits", "arch": "resnet18", "size": 8, **dict(recipe)}
+        settings = {"training-mode": "SimCLR", "dataset": "digits", "arch": "resnet18",
+                    "size": 8, **dict(recipe)}
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
         network = {"config": str(tmp_path / "tiny.yaml")}
         content = {
@@ -231,7 +238,12 @@ def test_the_page_is_one_file_with_every_figure_in_it(done):
     assert shown == {path.read_bytes() for path in done.rglob("*.png")}
     names = re.findall(r'<img alt="([^"]*)"', text)
     assert sum(name.endswith("_precision_recall") for name in names) == 3  # of three evaluations
-    assert sum(name.startswith("tiny-") for name in names) == 1  # the curves of the training
+    assert names[:3] == ["ssd_ssd_histograms", "ssd_ssd_precision_recall", "ssd_ssd_images_a"]
+    assert names[-1].startswith("tiny-")  # the curves of the training
+    folded = re.findall(r"<details>.*?</details>", text, re.DOTALL)
+    assert [re.findall(r'alt="([^"]*)"', part) for part in folded] == [
+        ["ssd_ssd_images_a"], *[["ssdk_ssdk_images_a"]] * 2]
+    assert re.search(r"# evaluate ssd, seed 1: done, commit \S+, 7 s\n", text)
     assert "color-scheme: light dark" in text
     assert "eval_ssdk.py --ckpt" in text
 
@@ -266,12 +278,62 @@ def test_a_dry_run_prints_commands_that_a_shell_runs_and_writes_nothing(programs
     assert text.count("\npython ") == 3  # what is done is a comment
 
 
-@pytest.mark.parametrize("name", tables.names())
+def test_what_is_done_is_a_comment_to_its_last_line(done, run, tmp_path):
+    for path in (tmp_path / "out").rglob("identity.json"):
+        path.write_text('{"commit": "1\\ntouch trace"}')
+    text = run("--dry-run", "--data-dir", "a\ntouch trace").stdout
+    assert "touch trace" in text
+    assert all(line.startswith("#") for line in text.splitlines())
+
+
+def test_text_of_a_table_stays_in_its_line_and_is_text(run, make_table, programs, tmp_path):
+    needs, label = "a folder\ntouch trace\n", "<b>Mine</b>\n| all"
+    table = make_table(sets={"mine": {"label": label, "needs": needs}}, about="On\nlines.\n")
+    assert "touch trace" not in run("--dry-run", table=table).stdout
+    assert run(table=table).returncode == 0
+    text = (tmp_path / "out/tiny_table/table.md").read_text()
+    assert "\nLeft out: &lt;b&gt;Mine&lt;/b&gt; | all, a folder touch trace (--sets" in text
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31m", "\u202ea", "a\0"])
+def test_text_of_a_table_that_cannot_be_printed_is_refused(text, run, make_table, programs):
+    refused(run(table=make_table(title=text)), 2, "title: expected text")
+
+
+def test_a_line_that_is_no_result_of_a_table_breaks_nothing(done, run, tmp_path):
+    before = table_rows(done)
+    for path in (tmp_path / "out").rglob("*_ssd.jsonl"):
+        with path.open("a") as file:
+            file.write('{"ood": ["svhn"], "clusters": 1}\n{"ood": "svhn", "clusters": {}}\n'
+                       '{"ood": "svhn", "clusters": 1, "auroc": "x"}\n[1]\n' + "[" * 100_000)
+    finished = run("--report")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert table_rows(done) == before
+    with next((tmp_path / "out").rglob("*_ssd.jsonl")).open("a") as file:
+        file.write('\n{"ood": "svhn", "clusters": 1}\n')  # a result without metrics: none
+    assert run("--report").returncode == 0
+
+
+@pytest.mark.parametrize("target", ["tiny_table.yaml", "out/tiny_table/table.md"])
+def test_a_readme_that_is_read_or_written_as_something_else_too_is_refused(
+    target, run, make_table, programs, tmp_path
+):
+    path = tmp_path / target
+    table = make_table()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marked = "# <!-- table tiny_table -->\n# <!-- end of table tiny_table -->\n"
+    path.write_text((path.read_text() if path.exists() else "") + marked)
+    before = path.read_bytes()
+    refused(run("--readme", path, table=table), 2, "--readme and")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [*tables.names(), *map(str, ROOT.glob("benchmarks/*.yaml"))])
 def test_the_commands_of_every_shipped_table_are_taken_by_their_programs(name):
     table = tables.read(name)
     sets = {key: (f"folder:{key}", "") for key in table["sets"]}
     jobs = reproduce.plan(table, 2, Path("r"), {}, sets, ["--no-download"])
-    assert {job.row for job in jobs if job.network} == table["rows"].keys()
+    assert {job.row for job in jobs if job.records} == table["rows"].keys()
     for job in jobs:
         args = utils.parse_args(PARSERS[Path(job.words[0]).name](), job.words[1:])
         assert args.no_download
@@ -283,7 +345,7 @@ def test_the_commands_of_every_shipped_table_are_taken_by_their_programs(name):
 def test_the_published_values_are_those_with_a_source():
     found = {}
     for name in tables.names():
-        for row, _, _, m, [(_, ood), *_], published in tables.read(name)["entries"]:
+        for row, _, _, (_, m), [(_, ood), *_], published in tables.read(name)["entries"]:
             found |= {(name, row, ood, m, metric): entry[metric] for entry in published
                       for metric in tables.METRICS if metric in entry}
     readme = {"cifar100": (0.5078, 0.90632, 0.89196), "svhn": (0.02067, 0.99624, 0.99856),
@@ -292,6 +354,7 @@ def test_the_published_values_are_those_with_a_source():
                "dog": 0.909, "frog": 0.917, "horse": 0.952, "ship": 0.929, "truck": 0.944}
     expected = {("readme", "simclr", ood, 1, metric): value for ood, values in readme.items()
                 for metric, value in zip(("fpr95", "auroc", "aupr"), values, strict=True)}
+    expected |= {("scores", *key[1:]): value for key, value in expected.items()}
     expected |= {("clusters", "simclr", ood, 1, "auroc"): v[1] for ood, v in readme.items()}
     expected |= {("one_class", name, "rest", 1, "auroc"): v for name, v in classes.items()}
     expected |= {("one_class", "", "rest", 1, "auroc"): 0.9,
@@ -305,23 +368,47 @@ def test_the_published_values_are_those_with_a_source():
 def test_the_ten_classes_are_ten_networks_and_the_readme_network_serves_four_tables():
     def networks(name):
         jobs = reproduce.plan(tables.read(name), 1, Path("r"), {}, {}, [])
-        return {job.home.name for job in jobs if job.network is None}
+        return {job.home.name for job in jobs if job.records is None}
 
     assert len(networks("one_class")) == 10
-    assert networks("readme") == networks("clusters") == networks("few_shot")
+    assert networks("readme") == networks("clusters") == networks("few_shot") == networks("scores")
     assert networks("demo") < networks("digits")
     assert networks("fix") == set()  # nothing to evaluate without the user's sets
+    assert networks("pretrained") == networks("pretrained_one_class") == set()
+
+
+def test_an_encoder_that_others_trained_is_evaluated_once_whatever_the_seeds(
+    programs, calls, run, make_table, tmp_path
+):
+    flags = {"method": "ssd", "size": 96, "ood": ["svhn"]}
+    row = {"label": "Theirs", "encoder": "efficientnet-lite0", "outliers": "houses", "eval": flags}
+    table = make_table(means=[], rows={"theirs": row, "drawn": row | {"draws": 2}})
+    refused(run("--override", "epochs=1", table=table), 2, "--override", table, "trains nothing")
+    finished = run(table=table, seeds=3)
+    assert finished.returncode == 0, finished.stderr
+    assert calls() == ["eval_ssd.py"] * 3
+    assert "--ckpt" not in (programs / "calls").read_text()
+    assert "--encoder efficientnet-lite0" in (programs / "calls").read_text()
+    assert not (tmp_path / "out/networks").exists()
+    lines = table_rows(tmp_path / "out/tiny_table")
+    assert {(x["outliers"], x["n"], x["draws"]) for x in lines} == {("houses", "1", "1"),
+                                                                     ("houses", "1", "2")}
+    assert "3 networks" not in finished.stdout
 
 
 def test_another_recipe_or_override_goes_to_another_place(done, calls, run, make_table):
     old = {path: path.read_bytes() for path in done.parent.rglob("*.jsonl")}
+    pages = {path: path.read_bytes() for path in done.iterdir() if path.is_file()}
     assert set(states(run("--dry-run").stdout).values()) == {"done"}
     make_table({"size": 9, "exp-name": "other"})
     assert set(states(run("--dry-run", table=done.parents[1] / "tiny_table.yaml").stdout
                       ).values()) == {"to do"}
     finished = run("--override", "batch_size=9", "cycle_momentum=false", "--only", "ssd")
     assert finished.returncode == 0, finished.stderr
-    assert "--batch-size 9 --no-cycle-momentum" in (done / "table.md").read_text()
+    (other,) = done.parent.glob("tiny_table-override-*")  # with a page of its own
+    assert "--batch-size 9 --no-cycle-momentum" in (other / "table.md").read_text()
+    assert "--batch-size 9" in (other / "index.html").read_text()
+    assert {path: path.read_bytes() for path in pages} == pages
     assert calls()[4:] == ["train.py", "eval_ssd.py"]
     assert {path: path.read_bytes() for path in old} == old
     make_table({"exp-name": "other", "print-freq": 7})  # which decide no number
@@ -468,6 +555,22 @@ def test_slurm_gets_evaluations_behind_their_training_and_nothing_twice(slurm, r
     assert again == lines[-1]
 
 
+def test_a_dry_run_of_slurm_shows_what_would_be_submitted(slurm, run, monkeypatch):
+    shown = run("--slurm", "--dry-run", seeds=2)
+    assert shown.returncode == 0, shown.stderr
+    monkeypatch.setenv("PATH", str(slurm))  # a machine without Slurm shows it too
+    assert run("--slurm", "--dry-run", seeds=2).stdout == shown.stdout
+    assert not (slurm / "submitted").exists()
+    assert not (slurm / "out").exists()
+    monkeypatch.setenv("PATH", f"{slurm / 'fake'}:/usr/bin:/bin")
+    submitted = run("--slurm", seeds=2).stdout
+    names = re.findall(r"--job-name=(\S+)", submitted)
+    for number, name in enumerate(names, 1):
+        submitted = submitted.replace(f"afterok:{number} ", f"afterok:NUMBER_OF_{name} ")
+    assert submitted == shown.stdout
+    assert "slurm/train.sbatch --config tiny.yaml" in submitted
+
+
 def test_slurm_without_sbatch_or_with_one_that_refuses_says_so(slurm, run, monkeypatch):
     (slurm / "fake/sbatch").write_text("#!/bin/sh\necho 'no such partition' >&2\nexit 1\n")
     refused(run("--slurm"), 1, "sbatch did not take train tiny, seed 1")
@@ -487,7 +590,7 @@ def test_a_line_is_the_mean_over_networks_of_the_mean_over_draws(make_table):
     table = tables.read(make_table())
     values = {1: [0.8, 0.9], 2: [0.6, 0.6], 3: [0.1]}  # the third has a draw to come
     runs = {seed: [{"auroc": v, "fpr95": 1 - v} for v in drawn] for seed, drawn in values.items()}
-    lines = tables.lines(table, {("ssdk", "svhn", 1): runs})
+    lines = tables.lines(table, {("ssdk", "svhn", Choice("ssd", 1)): runs})
     line = pick(lines, row="ssdk", metric="auroc")
     assert line["mean"] == pytest.approx(0.725)
     assert line["deviation"] == pytest.approx(0.25 / 2**0.5)  # of a sample of two
@@ -502,11 +605,49 @@ def test_a_mean_over_sets_is_taken_per_network_and_only_where_all_are_there(make
     def runs(*values):
         return {i: [{"auroc": v, "fpr95": v}] for i, v in enumerate(values) if v is not None}
 
-    measured = {("ssd", "svhn", 1): runs(0.5, 0.7, 0.9), ("ssd", "mine", 1): runs(0.1, None, 0.3)}
+    one = Choice("ssd", 1)
+    measured = {("ssd", "svhn", one): runs(0.5, 0.7, 0.9),
+                ("ssd", "mine", one): runs(0.1, None, 0.3)}
     line = pick(tables.lines(table, measured), row="", metric="auroc")
     assert (line["label"], line["outliers"], line["n"]) == ("SSD, m = 1", "both", 2)
     assert line["mean"] == pytest.approx(0.45)
     assert line["deviation"] == pytest.approx(0.3 / 2**0.5)
+
+
+def test_a_row_of_several_scores_has_a_line_for_each(programs, make_table, run, tmp_path):
+    content = yaml.safe_load(make_table().read_text())
+    content["rows"] = {"net": content["rows"]["ssd"] | {"published": [
+        {"ood": "svhn", "score": "knn", "auroc": 0.5, "source": "a paper"}]}}
+    content["rows"]["net"]["eval"] |= {"score": ["ssd", "knn", "crossval"], "neighbours": 5}
+    table = make_table(**content | {"means": []})
+    finished = run(table=table)
+    assert finished.returncode == 0, finished.stderr
+    assert "--score ssd knn crossval" in finished.stdout
+    rows = [r for r in table_rows(tmp_path / "out/tiny_table") if r["mean"]]
+    shown = [(r["label"], r["score"], r["clusters"], r["neighbours"], r["published"])
+             for r in rows if r["metric"] == "auroc"]
+    assert shown == [("SSD, ssd, m = 1", "ssd", "1", "", ""),
+                     ("SSD, ssd, m = 2", "ssd", "2", "", ""),
+                     ("SSD, knn, k = 5", "knn", "", "5", "0.5"),
+                     ("SSD, crossval", "crossval", "", "", "")]
+    assert len({r["mean"] for r in rows}) == len(rows)
+
+
+def test_openoods_layout_has_its_columns_in_percent_and_its_deviation(make_table):
+    content = yaml.safe_load(make_table(layout="openood", metrics=[
+        "fpr95_ood_positive", "auroc", "aupr_in", "aupr"]).read_text())
+    content["rows"]["ssd"]["eval"]["clusters"] = 1
+    content["means"][0] |= {"label": "SSD", "outliers": "farood", "ood": ["svhn"]}
+    table = tables.read(make_table(**content))
+    runs = {seed: [{"auroc": x, "fpr95_ood_positive": 1 - x, "aupr": 0.5, "aupr_in": 0.25}]
+            for seed, x in enumerate((0.8, 0.9, 0.94), 1)}
+    found = tables.lines(table, {("ssd", "svhn", Choice("ssd", 1)): runs})
+    spread = 100 * np.std((0.8, 0.9, 0.94))
+    cells = f"12.00 ± {spread:.2f} | 88.00 ± {spread:.2f} | 25.00 ± 0.00 | 50.00 ± 0.00 |"
+    assert tables.markdown(table, found).splitlines()[:5] == [
+        "| network | FPR@95 | AUROC | AUPR_IN | AUPR_OUT |", "| --- | --- | --- | --- | --- |",
+        f"| SSD: SVHN | {cells}", "| *published [1]* |  | *50* |  |  |",
+        f"| SSD: farood | {cells}"]
 
 
 @pytest.fixture
@@ -518,7 +659,7 @@ def laid_out(make_table):
     content["means"][0] |= {"label": "mean of all", "outliers": "SVHN", "ood": ["svhn"]}
     table = tables.read(make_table(**content))
     runs = {1: [{"auroc": 0.9, "fpr95": 0.4}], 2: [{"auroc": 0.8, "fpr95": 0.4}]}
-    return table, tables.lines(table, {("ssd", "svhn", 1): runs})
+    return table, tables.lines(table, {("ssd", "svhn", Choice("ssd", 1)): runs})
 
 
 def test_markdown_has_a_column_for_each_metric_of_a_set_and_published_below_ours(laid_out):
@@ -582,6 +723,9 @@ def test_the_pages_published_numbers_are_the_tables(page, name):
     [
         (["row"], {}, ["unknown 'row'", "rows"]),
         (["rows", "ssd", "training"], {}, ["rows: ssd", "unknown 'training'", "train"]),
+        (["rows", "ssd", "encoder"], "efficientnet-lite0", ["rows: ssd", "train or encoder"]),
+        (["rows", "more"], {"label": "x", "eval": {"method": "ssd", "ood": ["svhn"]}},
+         ["rows: more", "either train or encoder"]),
         (["rows", "ssd", "train", "config"], "configs/gone.yaml",
          ["rows: ssd: train: config", "path of a recipe", "configs/gone.yaml"]),
         (["rows", "ssd", "train", "lr"], {"a": 1}, ["rows: ssd: train: lr", "a number"]),
@@ -594,6 +738,8 @@ def test_the_pages_published_numbers_are_the_tables(page, name):
         (["rows", "ssd", "published", 0, "ood"], "lsun", ["ood", "lsun", "mine"]),
         (["rows", "ssd", "published", 0, "clusters"], 3, ["rows: ssd", "clusters", "3"]),
         (["rows", "ssd", "eval", "method"], "knn", ["eval: method", "ssd, ssdk", "'knn'"]),
+        (["rows", "ssd", "eval", "score"], ["cnn"], ["eval: score", "ssd, tied", "'cnn'"]),
+        (["layout"], "wide", ["layout: expected openood", "'wide'"]),
         (["rows", "ssd", "eval", "ood"], "svhn", ["eval: ood: expected a list"]),
         (["rows", "ssd", "eval", "k"], 5, ["evaluate ssd", "unrecognized arguments: --k 5"]),
         (["rows", "ssd", "eval", "clusters"], [0], ["evaluate ssd", "--clusters", "at least 1"]),

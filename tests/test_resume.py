@@ -9,17 +9,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_program
+from conftest import call_program
 from kill_at import interrupt_at
 
-TINY = ("--arch", "resnet18", "--size", 8, "--epochs", 2, "--batch-size", 16, "--lr", 0.01,
+TINY = ("--arch", "tiny", "--size", 8, "--epochs", 2, "--batch-size", 16, "--lr", 0.01,
         "--print-freq", 1, "--save-steps", 2, "--normalize")
+pytestmark = pytest.mark.usefixtures("tiny_arch")
 VOLATILE = ("views_per_s", "seconds", "monitor_seconds")
 
 
@@ -74,7 +73,7 @@ def killed_at(place, n, typed, home):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, tiny_npz):
+def unbroken(tmp_path_factory, tiny_arch, tiny_npz):
     """Function (flags) -> the end of a run that nothing broke, trained once for each flags."""
     ends = {}
 
@@ -124,8 +123,8 @@ def test_a_signal_saves_the_state_at_the_next_step_and_says_so(unbroken, tmp_pat
     assert done.returncode == 75
     assert "stopped by SIGTERM after epoch 0, step 2 of 3; saved" in done.stdout
     assert "the same command continues" in done.stderr
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, typed[1:])],
-                          cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = call_program(*typed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "continued: 0 of 2 epochs are done, and 2 of 3 steps of the next" in done.stdout
     assert_equal(unbroken(*flags), end_of(tmp_path))
 
@@ -159,17 +158,6 @@ def test_fast_says_what_it_chose_and_keeps_to_what_was_asked(tmp_path, tiny_npz)
     config = json.loads((run / "config.json").read_text())["config"]
     chosen = {k: config[k] for k in ("precision", "channels_last", "compile")}
     assert chosen == {"precision": "fp32", "channels_last": True, "compile": False}
-
-
-def test_deterministic_changes_nothing_on_a_cpu(unbroken, tmp_path, tiny_npz):
-    flags = ("--training-mode", "SupCE")
-    try:
-        done = call_program("train.py", "--dataset", f"npz:{tiny_npz}", *TINY, *flags,
-                            "--deterministic", cwd=tmp_path)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert done.returncode == 0, done.stderr
-    assert_equal(unbroken(*flags), end_of(tmp_path))
 
 
 def test_the_network_is_validated_as_often_as_told_and_at_the_end(tmp_path, tiny_npz):

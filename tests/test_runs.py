@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import trainers
 import utils
 from infra import runs, storage
 from infra.checkpoints import Checkpoints
@@ -25,8 +27,9 @@ IMAGES = {"train": "aa", "test": None}
 def start(tmp_path):
     """Function (config changes) -> the Run that a command would get; its lock is given back."""
 
-    def run(resume=True, images=IMAGES, label="x", **changes):
-        run = runs.open_run(tmp_path, "exp", CONFIG | changes, images, label=label, resume=resume)
+    def run(resume=True, images=IMAGES, label="x", fits=lambda state: True, **changes):
+        run = runs.open_run(tmp_path, "exp", CONFIG | changes, images, label=label, resume=resume,
+                            fits=fits)
         run._lock.lock.release()
         return run
 
@@ -112,6 +115,29 @@ def test_a_finished_run_starts_the_next_number(start):
     first = start()
     finish(first)
     assert start().folder.name == "2--x"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_what_is_called_latest_exp_and_is_no_link_of_ours_is_moved_aside(
+    start, tmp_path, capsys, kind
+):
+    latest = tmp_path / "exp/latest_exp"
+    latest.parent.mkdir()
+    if kind == "folder":
+        (latest / "checkpoint").mkdir(parents=True)
+        (latest / "checkpoint/model_best.pth.tar").write_text("the original's")
+    elif kind == "file":
+        latest.write_text("the original's")
+    else:
+        latest.symlink_to("gone")
+    folder = start().folder
+    assert latest.resolve() == folder.resolve()
+    aside = list(latest.parent.glob("latest_exp.*"))
+    assert len(aside) == (kind != "link to nothing")
+    for path in aside:
+        kept = path / "checkpoint/model_best.pth.tar" if kind == "folder" else path
+        assert kept.read_text() == "the original's"
+        assert f"it is now {path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("last", ['{"event": "end"', "", '{"event": "epoch"}\n', "[]\n"])
@@ -276,7 +302,7 @@ def test_the_newest_checkpoint_and_the_one_before_are_kept(tmp_path):
         store.save(state(step), ["model_best.pth.tar"] if step == 2 else [])
     saved = {f.name: torch.load(f, weights_only=True)["progress"]["step"]
              for f in tmp_path.iterdir()}
-    assert saved == {"checkpoint.pth.tar": 3, "checkpoint_before.pth.tar": 2,
+    assert saved == {"checkpoint.pth.tar": 3, "previous.pth.tar": 2,
                      "model_best.pth.tar": 2}
     assert step_of(tmp_path) == 3
 
@@ -330,6 +356,55 @@ def test_numbered_checkpoints_are_the_last_resort_and_no_whole_one_an_error(tmp_
     for _ in range(2):  # nothing is moved, so the next start does not begin anew either
         with pytest.raises(utils.UserError, match=r"no whole checkpoint.*--no-resume"):
             step_of(tmp_path)
+
+
+OTHERS = {  # what stands in the newest checkpoint of a run instead of its state
+    "progress of another kind": lambda s: s | {"progress": [1]},
+    "progress without losses": lambda s: s | {"progress": {"epoch": 0, "step": 1, "log_bytes": 0}},
+    "an epoch that is text": lambda s: s | {"progress": s["progress"] | {"epoch": "0"}},
+    "an epoch after the last": lambda s: s | {"progress": s["progress"] | {"epoch": 10**9}},
+    "weights of another network": lambda s: s | {"state_dict": {"weight": torch.zeros(3)}},
+    "weights that are text": lambda s: s | {"state_dict": "x"},
+    "no optimiser": lambda s: s | {"optimizer": None},
+    "an optimiser of another network": lambda s: s | {
+        "optimizer": s["optimizer"] | {"state": {0: {"momentum_buffer": torch.zeros(7)}}}},
+    "another optimiser": lambda s: s | {"optimizer": {"state": {}, "param_groups": []}},
+    "settings of another run": lambda s: s | {"config": s["config"] | {"lr": 0.2}},
+    "settings that are text": lambda s: s | {"config": "x"},
+    "a list": lambda s: [s],
+    "a number": lambda s: 3,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_checkpoint_of_something_else_gives_way_to_the_one_before(kind, start, capsys):
+    network = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    settings = {"epochs": 2, "warmup": False}
+    fits = functools.partial(trainers.fits, network, optimizer)
+    run = start(fits=fits, **settings)
+    for step in (1, 2):
+        progress = trainers.Progress(0, step, torch.zeros(step), 0.5)
+        run.save(trainers.checkpoint_state(network, optimizer, CONFIG | settings, progress))
+    assert start(fits=fits, **settings).saved["progress"]["step"] == 2
+    newest = run.folder / "checkpoint/checkpoint.pth.tar"
+    torch.save(OTHERS[kind](torch.load(newest, weights_only=True)), newest)
+    capsys.readouterr()
+    assert start(fits=fits, **settings).saved["progress"]["step"] == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{newest} is whole, but no checkpoint of this run; set aside as" in first
+    assert "continuing from" in second
+
+
+@pytest.mark.parametrize("line", ["[" * 4000, "[1]", "3", '"end"', '{"event": ["end"]}'])
+def test_a_strange_line_in_the_log_or_settings_of_a_run_is_passed_over(line, start):
+    first = start()
+    (first.folder / "log.jsonl").write_text(f"{line}\n")
+    assert start().folder == first.folder  # it is unfinished
+    (first.folder / "config.json").write_text(line)
+    assert start().folder != first.folder
 
 
 def test_a_disk_or_memory_that_fails_in_reading_is_no_damaged_checkpoint(tmp_path, monkeypatch):

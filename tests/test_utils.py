@@ -1,9 +1,16 @@
 """Configuration, run folders, whole files, checkpoints of all dialects, generators."""
 
 import argparse
+import contextlib
 import functools
+import io
+import itertools
 import json
 import os
+import pathlib
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +18,7 @@ import torch
 
 import models
 import utils
-from infra import checkpoints, storage
+from infra import checkpoints, program, storage
 
 
 def small_parser():
@@ -77,6 +84,21 @@ def test_keys_may_be_written_with_either_dash(tmp_path):
         ("exp-name: ../x", ["exp-name", "not a name below the results folder"]),
         ('exp-name: "a\\0b"', ["exp-name", "text", "\\x00"]),
         ("mode: fast", ["mode", "expected one of slow, slower, not 'fast'"]),
+        ("epochs: 2024-02-30", ["not YAML", "'2024-02-30'", "line 1"]),
+        ("lr: 1\nepochs: !!int x", ["not YAML", "'x'", "line 2"]),
+        ("epochs: 0x_", ["not YAML", "'0x_'"]),
+        ("epochs: !!timestamp x", ["not YAML", "'x'"]),
+        ("epochs: " + "1" * 5000, ["not YAML", "4300 digits"]),
+        ("epochs: 0x" + "f" * 5000, ["not YAML", "4300 digits"]),
+        ('ckpt: "\\ud800"', ["not YAML", "surrogates"]),
+        ('"\\ud800": 1', ["not YAML", "surrogates"]),
+        ("epochs: !!map x", ["not YAML"]),
+        ("epochs: " + "[" * 3000, ["not YAML", "recursion"]),
+        ("\n".join(f"k{i}: 1" for i in range(3000)), ["unknown key 'k0'"]),
+        ("a: &a [x]\n" + "".join(f"{c}: &{c} [{f'*{b},' * 9}]\n" for b, c in
+                                 itertools.pairwise("abcdefghijklmn")) + "lr: *n",
+         ["unknown key 'a'"]),
+        ("lr: &lr 1\nepochs: {<<: *lr}", ["not YAML", "for merging"]),
         ("- epochs", ["'flag: value' lines"]),
         ("a: b: c", ["not YAML"]),
     ],
@@ -87,6 +109,14 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_key_and_what_is_allowed(
     with pytest.raises(utils.UserError) as error:
         parse(tmp_path, text, "--ckpt", "x")
     assert all(w in str(error.value) for w in [str(tmp_path / "c.yaml"), *words]), error.value
+
+
+def test_a_value_made_of_aliases_of_aliases_is_not_printed_in_full(tmp_path):
+    values = "[x]"
+    for _ in range(40):
+        values = f"[&a{_} {values}, *a{_}]"
+    with pytest.raises(utils.UserError, match=r"epochs: expected one value, not \["):
+        parse(tmp_path, f"epochs: [{values}]", "--ckpt", "x")
 
 
 def test_a_required_flag_stands_in_the_file_or_on_the_command_line(tmp_path):
@@ -187,11 +217,50 @@ def test_the_name_that_older_numpy_gave_its_scalars_is_read_too(tmp_path):
     assert checkpoints.load_checkpoint(path)[1]["best_prec1"] == 9.5
 
 
-def test_numpy_objects_other_than_a_float_are_refused(tmp_path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numpy_numbers_of_every_type_are_read(tmp_path, legacy):
+    path, types = tmp_path / "x.pth", np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"
+    numbers = {code: np.dtype(code).type(1) for code in types} | {"swapped": np.array(1, ">f4")[()]}
+    torch.save({"state_dict": {"a": torch.zeros(1)}, **numbers}, path,
+               _use_new_zipfile_serialization=not legacy)
+    assert checkpoints.load_checkpoint(path)[1] == dict.fromkeys(numbers, 1)
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"),
+    [(np.zeros(3), r"numpy\._core\.multiarray\._reconstruct"), (np.str_("x"), r"numpy\.str_"),
+     (np.datetime64("2024-01-01"), r"numpy\.datetime64"), (pathlib.Path("x"), r"pathlib\..*Path"),
+     (range(3), "range"), (np.void(b"x"), r"numpy\.void"), (torch.nn.ReLU(), r"\.ReLU")],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_is_neither_tensor_nor_plain_is_refused_by_its_type(tmp_path, thing, name):
     path = tmp_path / "x.pth"
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": np.zeros(3)}, path)
-    with pytest.raises(utils.UserError, match="more than tensors and plain types"):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": thing}, path)
+    with pytest.raises(utils.UserError, match=rf"more than tensors and plain types \(.*{name}"):
         checkpoints.load_checkpoint(path)
+
+
+def test_the_weights_are_those_that_the_original_takes(tmp_path):
+    path, one, other = tmp_path / "x.pth", {"a": torch.ones(1)}, {"a": torch.zeros(1)}
+    for content in ({"model": {"state_dict": one, "arch": "r"}, "epoch": 3},
+                    {"model": one, "state_dict": other, "epoch": 3},
+                    {"model": {"state_dict": one}, "state_dict": other, "epoch": 3},
+                    {"model": "resnet18", "state_dict": one, "epoch": 3}):
+        torch.save(content, path)
+        state, rest = checkpoints.load_checkpoint(path)
+        assert (list(state), state["a"].item(), rest["epoch"]) == (["a"], 1, 3)
+
+
+def test_a_tilde_in_a_file_of_settings_or_behind_a_flag_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("data-dir: ~/sets\ncache-dir: ~/cache\nexp-name: a~\n")
+    p = utils.Parser("")
+    for flag in ("--data-dir", "--cache-dir", "--exp-name", "--ckpt"):
+        p.add_argument(flag)
+    args = utils.parse_args(p, ["--config=~/run.yaml", "--ckpt=~/x.pth", "--cache-dir", "~no/x"])
+    assert vars(args) | {"config": ""} == {
+        "config": "", "data_dir": f"{tmp_path}/sets", "cache_dir": "~no/x", "exp_name": "a~",
+        "ckpt": f"{tmp_path}/x.pth"}
 
 
 def test_what_is_saved_loads_without_running_code(tmp_path):
@@ -201,6 +270,89 @@ def test_what_is_saved_loads_without_running_code(tmp_path):
     content = torch.load(path, weights_only=True)
     assert content["config"] == {"in_classes": [0, 1], "lr": 0.5, "size": 8, "ckpt": None}
     json.dumps(content["config"])
+
+
+def partial_files(folder):
+    return {path for path in folder.iterdir() if path.name.startswith(storage.PARTIAL)}
+
+
+def test_what_killed_writers_left_is_swept_and_what_live_ones_write_stays(tmp_path):
+    if os.fork() == 0:
+        with storage.atomic_write(tmp_path / "x"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    (left,) = partial_files(tmp_path)
+    with storage.atomic_write(tmp_path / "live") as file:
+        live = partial_files(tmp_path)
+        assert left not in live
+        with storage.atomic_write(tmp_path / "y"):
+            assert partial_files(tmp_path) > live
+        file.write(b"z")
+    assert {path.name for path in tmp_path.iterdir()} == {"live", "y"}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
+@pytest.mark.usefixtures("terminal")
+def test_a_signal_ends_a_program_and_leaves_nothing_half_written(name, tmp_path, capsys):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+
+    def main():
+        with storage.atomic_write(tmp_path / "x") as file:
+            file.write(b"half")
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.redirect_stderr(
+            io.TextIOWrapper(io.BytesIO())) as said, pytest.raises(SystemExit) as end:
+        program.run(main)
+    assert end.value.code == 128 + number
+    assert said.buffer.getvalue().count(b"\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+def a_pipe_without_a_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("err", ["a file", "closed", "full", "a pipe without a reader"])
+@pytest.mark.parametrize("out", ["a file", "closed", "full", "a pipe without a reader"])
+def test_results_are_recorded_whatever_stdout_and_stderr_are(out, err, tmp_path):
+    def main():
+        for line in (b"1", b"2"):
+            storage.append_lines(tmp_path / "results", line + b"\n")
+            utils.say("\xe9\udcff")
+        print("the end")
+
+    if os.fork() == 0:  # as a shell starts a program, but without the seconds of an import
+        try:
+            for number, name, kind in ((1, "stdout", out), (2, "stderr", err)):
+                if kind == "closed":
+                    os.close(number)
+                    setattr(sys, name, None)
+                    continue
+                os.dup2(a_pipe_without_a_reader() if "pipe" in kind else os.open(
+                    "/dev/full" if kind == "full" else tmp_path / name,
+                    os.O_WRONLY | os.O_CREAT), number)
+                setattr(sys, name, open(number, "w", encoding="ascii"))  # noqa: SIM115
+            program.run(main)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()  # as the interpreter does at its exit
+            os._exit(0)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    assert (tmp_path / "results").read_text() == "1\n2\n"
+    if err == "a file":
+        notes = (tmp_path / "stderr").read_text().splitlines()
+        assert all(note.endswith("stdout cannot be written to: No space left on device")
+                   for note in notes)
+        assert len(notes) == 2 * (out == "full")
+    if out == "a file":
+        assert (tmp_path / "stdout").read_bytes() == b"\\xe9\xff\n" * 2 + b"the end\n"
 
 
 def test_whole_files_follow_the_umask(tmp_path):

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import environment  # noqa: E402 (its folder is known only now)
 
-TINY = ("--arch", "resnet18", "--size", 8, "--epochs", 2, "--batch-size", 10, "--lr", 0.01,
-        "--print-freq", 1, "--normalize")
+TINY = ("--training-mode", "SimCLR", "--arch", "resnet18", "--size", 8, "--epochs", 2,
+        "--batch-size", 10, "--lr", 0.01, "--print-freq", 1, "--normalize")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 

@@ -17,7 +17,7 @@ import torch
 ON_CPU = ("--gres=none",)  # where an interrupted and an unbroken run are equal bit for bit
 TWO_TASKS = ("--gres=none", "--nodes=1", "--ntasks-per-node=2")
 TRAIN = ("--in-classes", "0-2", "--arch", "resnet18", "--size", 8, "--batch-size", 8, "--lr", 0.05,
-         "--epochs", 4)
+         "--epochs", 4, "--training-mode", "SimCLR")
 CHECKPOINT = "checkpoint/checkpoint.pth.tar"
 
 # How a program runs: batch script, options, arguments of the stand-in, its processes, and the
@@ -305,6 +305,10 @@ def test_the_program_gets_the_arguments_of_the_script(name, arguments, task, com
      "train 9: error: the list 'a.yaml b.yaml' needs sbatch --array=0-1"),
     ("train", ["a.yaml", "--config", "{}"], 2,
      "train 7_2: error: --array has task 2, the list only 0-0: a.yaml"),
+    ("train", ["a", "b", "c", "d", "--config", "{}"], 1,
+     "train 7_1: error: --array has 3 tasks, the list 4 words: a b c d"),
+    ("eval", ["eval_ssd.py", "a", "b", "--config", "{}"], 1,
+     "eval 7_1: error: --array has 3 tasks, the list 2 words: a b"),
     ("train", ["--config", "a.yaml"], 0,
      "train 7_0: error: an array needs a list before the first flag, and {} where each task takes "
      "its own of it: 1 2 3 --seed {}"),
@@ -315,7 +319,8 @@ def test_the_program_gets_the_arguments_of_the_script(name, arguments, task, com
      "eval 9: error: the first argument is eval_ssd.py or eval_ssdk.py, not '--ckpt'"),
 ])
 def test_arguments_that_cannot_be_meant_are_refused(name, arguments, task, message, by_hand):
-    assert by_hand(name, *arguments, task=task) == (2, [], message)
+    count = {"SLURM_ARRAY_TASK_COUNT": "3"} if "3 tasks" in message else {}
+    assert by_hand(name, *arguments, task=task, **count) == (2, [], message)
 
 
 def test_a_missing_python_is_named(by_hand, stage):

@@ -1,6 +1,6 @@
 """What the evaluations share: flags, checkpoint to network, image sets, a source of features.
 
-    source = open_network(args.ckpt, args.ood, seed=args.seed, ...)
+    source = open_network(args)                          # the flags of add_arguments
     source.train, source.test, source.outliers           # data.ImageSets
     x = source.features(source.test)                     # [N, D], computed or from the cache
 
@@ -30,8 +30,8 @@ DEFAULT_OOD = ("cifar10", "cifar100", "svhn", "texture", "blobs")
 # --- the command line -----------------------------------------------------------------------------
 
 
-def add_arguments(p, needs_network=True):
-    """Add the flags of both evaluations to a utils.Parser; --ckpt is required or not."""
+def add_arguments(p):
+    """Add the flags of both evaluations to a utils.Parser."""
     add = p.add_argument_group("run").add_argument
     add("--exp-name", type=utils.experiment, default="temp_eval_ssd", help="of the result files")
     add("--results-dir", "--results_dir", default="./eval_results", help="where results go")
@@ -43,16 +43,7 @@ def add_arguments(p, needs_network=True):
         "the most and least outlying images")
     add("--gpu", help="does nothing; CUDA_VISIBLE_DEVICES chooses the GPU")
 
-    add = p.add_argument_group(
-        "network", "what a checkpoint of train.py knows of itself need not be said here"
-    ).add_argument
-    add("--ckpt", required=needs_network, metavar="FILE", help="the trained network")
-    add("--training-mode", choices=list(trainers.TRAINING_MODES),
-        help="how it was trained (default: the checkpoint's)")
-    add("--arch", choices=list(models.ARCHITECTURES), help="default: checkpoint's, else resnet50")
-    add("--classes", type=number(int, 1),
-        help="outputs of a SupCE classifier (default: the checkpoint's)")
-
+    add_network_arguments(p)
     add = p.add_argument_group("images").add_argument
     add("--dataset", metavar="SET",
         help=f"in-distribution: {', '.join(data.TRAINABLE)}; folder:PATH and npz:PATH say where "
@@ -67,11 +58,6 @@ def add_arguments(p, needs_network=True):
         help=f"outlier sets: {', '.join(data.DATASETS)}, folder:PATH, npz:PATH, and rest (the "
         f"classes that --in-classes leaves out) (default: {' '.join(DEFAULT_OOD)}, less the "
         "in-distribution set)")
-    add("--size", type=number(int, 8, 4096),
-        help="side of images in pixels (default: the checkpoint's, else 32)")
-    add("--normalize", action=argparse.BooleanOptionalAction, default=None,
-        help="normalise colours with the in-distribution set's constants (default: the "
-        "checkpoint's, else off)")
     add("--workers", type=number(int, 0, 1024), metavar="N",
         help="images of folder, imagenet and texture that are decoded at a time, as they are "
         "needed; 0 decodes all into memory first (default: 0; where imagenet is in-distribution, "
@@ -89,6 +75,26 @@ def add_arguments(p, needs_network=True):
         "computed and read a chunk at a time; files are never removed")
 
 
+def add_network_arguments(p):
+    """Add the flags that say which network makes the features; detect.py has them too."""
+    add = p.add_argument_group("network", "what a checkpoint of train.py knows of itself need not "
+                               "be said here").add_argument
+    add("--ckpt", metavar="FILE", help="the trained network")
+    add("--encoder", metavar="NAME",
+        help=f"in its place, one that was pretrained on ImageNet: {models.ENCODERS}")
+    add("--training-mode", choices=list(trainers.TRAINING_MODES),
+        help="how it was trained (default: the checkpoint's)")
+    add("--arch", choices=list(models.ARCHITECTURES), help="default: checkpoint's, else resnet50")
+    add("--classes", type=number(int, 1),
+        help="outputs of a SupCE classifier (default: the checkpoint's)")
+    add("--size", type=number(int, 8, 4096),
+        help="side that images are brought to, in pixels (default: the checkpoint's, else 32; of "
+        "an --encoder its own transform's)")
+    add("--normalize", action=argparse.BooleanOptionalAction, default=None,
+        help="normalise colours with the in-distribution set's constants (default: the "
+        "checkpoint's, else off)")
+
+
 # --- the trained network --------------------------------------------------------------------------
 
 
@@ -104,37 +110,44 @@ class Trained:
     in_classes: tuple | None
     size: int
     normalize: bool
-    constants: tuple | None  # (mean, std) that a checkpoint of ours holds
-    path: str
-    sha256: str  # hex digest of the checkpoint
-    device: torch.device
+    constants: tuple | None  # (mean, std) that a checkpoint of ours or an --encoder holds
+    path: str | None  # of the checkpoint
+    sha256: str  # hex digest of the checkpoint; of the weights where there is none
+    interpolation: str = "bilinear"  # by which images are brought to `size`
 
 
-# How a checkpoint that does not say so is taken to have been trained.
+# How a checkpoint that does not say so is taken to have been trained; each key is a flag.
 FOREIGN = {"training_mode": None, "arch": "resnet50", "dataset": "cifar10",
            "data_dir": "./datasets", "in_classes": None, "size": 32, "normalize": False}
 
 
-def restore(path, device, given, classes=None):
-    """Load a checkpoint into the network that it was saved from; returns Trained.
+def open_trained(args):
+    """Open the Trained network that the flags of add_network_arguments name.
 
-    Args:
-        path: the checkpoint, of any dialect. device: where the network goes.
-        given: dict of the keys of FOREIGN, None where the checkpoint or FOREIGN says it.
-        classes: outputs of a SupCE classifier, None for the checkpoint's.
-
-    Raises: UserError: a flag that contradicts the checkpoint, a network that does not fit it.
+    Raises: UserError: a flag that contradicts the checkpoint or the encoder, a network that does
+        not fit it; as load_checkpoint and models.pretrained.
     """
+    # detect.py has some of the flags only.
+    given = {key: getattr(args, key, None) for key in ("classes", *FOREIGN)}
+    if args.ckpt is not None:
+        return _restore(args.ckpt, given)
+    return _use_pretrained(models.EMBEDDED if args.encoder is None else args.encoder, given)
+
+
+def _restore(path, given):
+    """The Trained network of a checkpoint of any dialect; flags are given, or None."""
     state, rest = checkpoints.load_checkpoint(path)
     known = rest.get("config")
-    if not _is_ours(known):
+    if _is_ours(known):
+        _check_config(path, known)
+    else:
         arch = rest.get("arch")  # all that the original's own checkpoints say
         known = {"arch": arch} if arch in list(models.ARCHITECTURES) else {}
         if given["normalize"] is None:
             utils.note(f"{path} does not say whether colours were normalised in training; taken as "
                        "not. The published networks need --normalize")
     modes = trainers.TRAINING_MODES
-    for key, allowed in (("arch", models.ARCHITECTURES), ("training_mode", modes)):
+    for key, allowed in {"arch": models.ARCHITECTURES, "training_mode": modes}.items():
         if key in known and known[key] not in allowed:
             raise UserError(f"--ckpt {path} was trained with --{key.replace('_', '-')} "
                             f"{known[key]}; known are {', '.join(allowed)}")
@@ -150,18 +163,33 @@ def restore(path, device, given, classes=None):
                         f"trained ({', '.join(modes)})")
     head = modes[settings["training_mode"]].head
     if head == "classifier" and "num_classes" in known:
-        _check_agreement(path, "classes", classes, known["num_classes"])
+        _check_agreement(path, "classes", given["classes"], known["num_classes"])
     weight = state.get("head.weight")
-    classes = classes or (len(weight) if weight is not None and weight.dim() == 2 else 10)
+    classes = given["classes"] or (len(weight) if weight is not None and weight.dim() == 2 else 10)
     network = models.build_model(settings["arch"], head, classes)
+    if not any(key.startswith("head.") for key in state):  # features are taken before it
+        state |= {k: v for k, v in network.state_dict().items() if k.startswith("head.")}
     try:
         models.restore(network, state)
     except ValueError as error:
         raise UserError(f"--ckpt {path} does not fit --arch {settings['arch']} --training-mode "
                         f"{settings['training_mode']} --classes {classes}: {error}") from None
     constants = (known["mean"], known["std"]) if settings["normalize"] and "mean" in known else None
-    return Trained(network.encoder.to(device), constants=constants, path=str(path),
-                   sha256=storage.file_hash(path), device=device, **settings)
+    return Trained(network.encoder.to(utils.device()), constants=constants, path=str(path),
+                   sha256=storage.file_hash(path), **settings)
+
+
+def _use_pretrained(name, given):
+    """The Trained network of an encoder that others trained; "SupCE" makes classes its clusters."""
+    for flag in ("arch", "normalize", "classes"):
+        if given[flag] is not None:
+            raise UserError(f"--{flag} does not go with --encoder {name}, which has its own")
+    encoder = models.pretrained(name, given["size"]).to(utils.device())
+    settings = {k: foreign if given[k] is None else given[k] for k, foreign in FOREIGN.items()}
+    return Trained(
+        encoder, **settings | {"arch": name, "size": encoder.size, "normalize": True},
+        constants=(encoder.mean, encoder.std), path=None, sha256=features.weights_hash(encoder),
+        interpolation=encoder.interpolation)
 
 
 def _is_ours(config):
@@ -169,11 +197,26 @@ def _is_ours(config):
     kinds = {"training_mode": str, "arch": str, "dataset": str, "data_dir": str, "size": int,
              "normalize": bool, "in_classes": list | None, "num_classes": int,
              "mean": list | None, "std": list | None}
-    return (
-        isinstance(config, dict)
-        and all(k in config and isinstance(config[k], kind) for k, kind in kinds.items())
-        and all(config[k] is None or len(config[k]) == 3 for k in ("mean", "std"))
-    )
+    return (isinstance(config, dict)
+            and all(k in config and isinstance(config[k], kind) for k, kind in kinds.items())
+            and all(config[k] is None or len(config[k]) == 3 for k in ("mean", "std")))
+
+
+def _check_config(path, config):
+    """Stop if a configuration has a value that train.py cannot have written."""
+    constants = [config["mean"], config["std"]] if config["normalize"] else [[], []]
+    possible = {
+        "size from 8 to 4096": 8 <= config["size"] <= 4096,
+        "in_classes of integers": all(type(c) is int and 0 <= c < utils.MAX_CLASSES
+                                      for c in config["in_classes"] or ()),
+        "mean and std from 0 to 1": None not in constants and all(
+            type(v) in (int, float) and low <= v <= 1
+            for low, values in zip((0, 1e-9), constants, strict=True) for v in values),
+        "dataset that can name a file": utils.is_name(config["dataset"]),
+        "data_dir that can name a folder": utils.is_name(config["data_dir"])}
+    for wanted, is_possible in possible.items():
+        if not is_possible:
+            raise UserError(f"--ckpt {path}: its config has no {wanted}")
 
 
 def _check_agreement(path, key, given, trained):
@@ -196,20 +239,18 @@ def _as_typed(value):
 # --- the image sets -------------------------------------------------------------------------------
 
 
-def load_images(trained, ood, *, seed, download, workers=None):
-    """Read all image sets of an evaluation: (train, test, list of outlier sets), data.ImageSets.
-
-    Args: trained: Trained. ood: names of outlier sets, None for the default ones. seed, download:
-        as for data.load. workers: also, or None for the set's own default.
-    Raises: UserError, a set that is unknown, missing, named twice, or the in-distribution one.
-    """
+def _load_images(trained, args):
+    """All image sets of an evaluation: (train, test, list of outlier sets), data.ImageSets."""
     name, _ = data.parse_spec(trained.dataset)
-    ood = [o for o in DEFAULT_OOD if o != name] if ood is None else ood
-    workers = data.default_workers(trained.dataset) if workers is None else workers
-    where = dict(data_dir=trained.data_dir, size=trained.size, seed=seed, download=download,
-                 workers=workers)
+    ood = [o for o in DEFAULT_OOD if o != name] if args.ood is None else args.ood
+    workers = data.default_workers(trained.dataset) if args.workers is None else args.workers
+    where = dict(data_dir=trained.data_dir, size=trained.size, seed=args.seed, workers=workers,
+                 download=not args.no_download, interpolation=trained.interpolation)
     _check_outliers(ood, trained)
     train = data.load(trained.dataset, "train", **where)
+    # Without this a folder with other folders beside train/ would be taken for a set of classes.
+    if name == "folder" and not data.has_split(trained.dataset, "test", data_dir=trained.data_dir):
+        raise UserError(f"--dataset {trained.dataset} has no folder test/ with images in it")
     test = all_classes = data.load(trained.dataset, "test", **where)
     if trained.in_classes:
         train, test = (data.restrict(s, trained.in_classes) for s in (train, test))
@@ -232,7 +273,7 @@ def _check_outliers(ood, trained):
         return name, (path or Path(trained.data_dir)).resolve() if name in data.WITH_PATH else None
 
     name, inside = place(trained.dataset)
-    own = {(name, inside)} | ({(name, inside / s) for s in ("train", "test")} if inside else set())
+    own = {(name, inside), *((name, inside / split) for split in ("train", "test") if inside)}
     seen = set()
     for spec in ood:
         if spec == "rest" and not trained.in_classes:
@@ -261,11 +302,6 @@ class NetworkSource:
     cache: FeatureCache | None
 
     @property
-    def training_mode(self):
-        """How the network was trained: a key of trainers.TRAINING_MODES."""
-        return self.trained.training_mode
-
-    @property
     def facts(self):
         """What every record says of the network and of the settings of its features."""
         said = ("sha256", "arch", "training_mode", "size", "normalize", "dataset", "in_classes")
@@ -273,10 +309,17 @@ class NetworkSource:
                 **utils.to_json_types({key: getattr(self.trained, key) for key in said}),
                 "precision": self.settings.precision, "batch_size": self.settings.batch_size}
 
+    @property
+    def inputs(self):
+        """What this was read from, as of storage.check_outputs."""
+        sets = {"--dataset": [self.train, self.test], "--ood": self.outliers}
+        return {"--ckpt": self.trained.path, **{
+            flag: [data.place(images, self.trained.data_dir) for images in each]
+            for flag, each in sets.items()}}
+
     def features(self, images, mode="base", copies=None):
         """Return the features of a data.ImageSet, float [N, D]; None on all but the main process.
 
-        Args: mode, copies: of the augmentation, see FeatureSettings.
         Raises: UserError, they are not finite: the network overflows.
         """
         settings = replace(self.settings, mode=mode, copies=copies)
@@ -286,38 +329,46 @@ class NetworkSource:
         try:
             return detection.checked(x, f"the features of {images.name}")
         except detection.FeatureError as error:
-            raise UserError(f"--ckpt {self.trained.path}: {error}") from None
+            network = self.trained.path and f"--ckpt {self.trained.path}"
+            raise UserError(f"{network or f'--encoder {self.trained.arch}'}: {error}") from None
 
 
-def open_network(path, given, classes, ood, *, seed, download=True, workers=None, batch_size=None,
-                 precision="fp32", cache_dir=None, feature_store=None):
-    """Restore a network and read all image sets of its evaluation; returns a NetworkSource.
+def settings_of(trained, train=None, batch_size=None, **others):
+    """Return the FeatureSettings of a Trained network, a batch_size of None being what is fast.
 
-    Args:
-        path, given, classes: as for `restore`. ood, download, workers: as for `load_images`.
-        seed: of noise sets and augmentation. precision: see FeatureSettings.
-        batch_size: images a pass, None for what is fast.
-        cache_dir, feature_store: folder of a FeatureCache or FeatureStore, or None.
-    Raises: UserError, as these; both folders, or a store that cannot be written to.
+    Args: train: data.ImageSet to measure normalisation constants on, where nothing says them.
     """
-    if cache_dir is not None and feature_store is not None:
-        raise UserError("--cache-dir and --feature-store: one of them is enough, their files are "
-                        "the same")
-    trained = restore(path, utils.device(), given, classes)
-    with distributed.main_process_first():  # which may have to download
-        train, test, outliers = load_images(trained, ood, seed=seed, download=download,
-                                            workers=workers)
     mean = std = None
     if trained.normalize:
         # The constants of training: a checkpoint of ours remembers them.
         mean, std = trained.constants or data.normalisation(trained.dataset, train)
-    settings = FeatureSettings(
-        trained.size, batch_size or features.default_batch_size(trained.device),
-        mean and tuple(mean), std and tuple(std), seed=seed, precision=precision)
+    return FeatureSettings(
+        trained.size, batch_size or features.default_batch_size(utils.device()),
+        mean and tuple(mean), std and tuple(std), interpolation=trained.interpolation, **others)
+
+
+def open_network(args):
+    """Open the network and all image sets that the flags of add_arguments name: a NetworkSource.
+
+    Raises: UserError: as open_trained, data.load and FeatureStore; a set that is named twice or is
+        the in-distribution one; flags that exclude each other.
+    """
+    if args.cache_dir is not None and args.feature_store is not None:
+        raise UserError("--cache-dir and --feature-store: one of them is enough, their files are "
+                        "the same")
+    if (args.ckpt is None) == (args.encoder is None):
+        raise UserError(
+            "expected --ckpt FILE, the trained network, or --encoder NAME"
+            + (", not both" if args.ckpt else ", or of eval_ssd.py --features FILE.npz"))
+    trained = open_trained(args)
+    with distributed.main_process_first():  # which may have to download
+        train, test, outliers = _load_images(trained, args)
+    settings = settings_of(trained, train, args.batch_size, seed=args.seed,
+                           precision=args.precision)
     cache = None
-    if feature_store is not None:
-        cache = FeatureStore(feature_store, trained.encoder)
-    elif cache_dir is not None:
-        cache = FeatureCache(cache_dir, trained.encoder)
+    if args.feature_store is not None:
+        cache = FeatureStore(args.feature_store, trained.encoder)
+    elif args.cache_dir is not None:
+        cache = FeatureCache(args.cache_dir, trained.encoder)
     features.check_same_inputs(trained.encoder, [train, test, *outliers])
     return NetworkSource(trained, train, test, outliers, settings, cache)

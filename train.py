@@ -287,8 +287,7 @@ def main(argv=None):
             if logged >= 0 and (logged + 1) % args.save_freq == 0:
                 names.append(f"checkpoint_{logged + 1}.pth.tar")
             run.save(trainers.checkpoint_state(network, optimizer, config, progress), names)
-            signalled = stop_flag.sync(stop.number)
-            if signalled and logged + 1 < args.epochs:
+            if (signalled := stop_flag.sync(stop.number)) and logged + 1 < args.epochs:
                 run.stop(signalled, f"epoch {logged}")
     run.finish(epochs=args.epochs, warmup_epochs=warmup_epochs)
 

@@ -30,8 +30,7 @@ from utils import RunError, UserError, note
 # after this time. The main process, which may download or write, is waited for longer.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 MAIN_TIMEOUT = datetime.timedelta(hours=4)
-HEAD_START = 5  # seconds: time for the main process to name an error that all processes have
-LAUNCHER_WAIT = 5  # seconds that a process which lost its peers waits for the launcher to end it
+HEAD_START = 5  # seconds that a process with an error leaves to those that know more of it
 SHUTDOWN_SECONDS = 300  # that torchrun gives its processes to save before it kills them
 PEER_FAILURES = ("gloo", "NCCL", "ProcessGroup", "Connection reset", "Connection closed")
 
@@ -154,10 +153,14 @@ def shutdown():
         dist.destroy_process_group()
 
 
-def let_main_speak():
-    """Give the main process time to name an error; then the launcher ends this process."""
-    if not is_main_process():
+def let_others_speak(error):
+    """Wait for the main process to name an error that all have, then for the launcher's end.
+
+    A process that only lost its peers, the main one too, leaves the word to the one that died.
+    """
+    if not is_main_process() or is_peer_failure(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(HEAD_START)
 
 
@@ -172,13 +175,6 @@ def is_peer_failure(error):
     return world_size() > 1 and (isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_FAILURES)
     ))
-
-
-def wait_for_launcher():
-    """Wait to be ended by the launcher, which has seen the process that died."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    time.sleep(LAUNCHER_WAIT)
 
 
 # --- what each process has, and what all have -----------------------------------------------------

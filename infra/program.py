@@ -37,27 +37,28 @@ def run(main):
         with runs.handled(_interrupt, set(distributed.stop_signals()) - {signal.SIGINT}):
             main()
             distributed.shutdown()
-    except UserError as error:
-        _fail(error, 2)
     except Stopped as error:
         utils.note(error)
         with contextlib.suppress(RuntimeError):  # another process did not wait for this one
             distributed.shutdown()
         sys.exit(STOPPED)
-    except KeyboardInterrupt as error:
-        number = signal.Signals(*error.args or [signal.SIGINT])
-        _fail("interrupted" if number == signal.SIGINT else f"ended by {number.name}", 128 + number)
-    except Exception as error:
-        if distributed.is_peer_failure(error):
-            distributed.wait_for_launcher()
-        message = _foreseen(error)
+    except (Exception, KeyboardInterrupt) as error:
+        distributed.let_others_speak(error)
+        message, status = _verdict(error)
         if message is None:
-            distributed.let_main_speak()
             raise
-        _fail(message, 1)
+        of_all = status == 2 and distributed.is_main_process()  # the others have the same input
+        who = "" if of_all else distributed.process_label()
+        with contextlib.suppress(OSError):
+            print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(message).split())}",
+                  file=sys.stderr, flush=True)
+        sys.exit(status)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            _flush(stream)
+            try:
+                stream.flush()
+            except OSError:  # what is left is dropped, or Python would complain of it at its exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _interrupt(number, frame):
@@ -76,33 +77,21 @@ def _any_text(error):
 codecs.register_error("any-text", _any_text)
 
 
-def _flush(stream):
-    """Write what is left of a stream, or drop it: at the exit Python would complain of it."""
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _foreseen(error):
-    """The one line that an error while running is worth, or None."""
+def _verdict(error):
+    """(the one line that an error is worth, or None; exit status)."""
     first = str(error).partition("\n")[0]
+    if isinstance(error, UserError):
+        return error, 2
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.Signals(*error.args or [signal.SIGINT])
+        return "interrupted" if number == signal.SIGINT else f"ended by {number.name}", 128 + number
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return f"out of GPU memory: {first} {SMALLER.capitalize()}."
+        return f"out of GPU memory: {first} {SMALLER.capitalize()}.", 1
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"out of memory; {SMALLER}"
+        return f"out of memory; {SMALLER}", 1
     if "DataLoader worker" in str(error):  # torch's words when one was killed
         return (f"a process that decodes images has ended: {first} Fewer --workers and a smaller "
-                "--batch-size take less memory")
+                "--batch-size take less memory"), 1
     if distributed.is_peer_failure(error):
-        return f"lost the other processes ({first})"
-    return error if isinstance(error, (OSError, RunError)) else None
-
-
-def _fail(message, status):
-    distributed.let_main_speak()
-    text = " ".join(str(message).split())
-    label = "" if status == 2 and distributed.is_main_process() else distributed.process_label()
-    with contextlib.suppress(OSError):
-        print(f"{Path(sys.argv[0]).name}: error: {label}{text}", file=sys.stderr, flush=True)
-    sys.exit(status)
+        return f"lost the other processes ({first})", 1
+    return (error if isinstance(error, (OSError, RunError)) else None), 1

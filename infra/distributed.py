@@ -295,9 +295,7 @@ class SharedFlag:
 
     def sync(self, value):
         """Set an int >= 0 and wait; returns the largest of this step and the one before."""
-        before = self._finish()
-        self.poll(max(value, before))
-        return self._finish() if world_size() > 1 else value
+        return max(all_gather_object(max(value, self._finish())))
 
     def _finish(self):
         if self._work is None:

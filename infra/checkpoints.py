@@ -110,14 +110,8 @@ class Checkpoints:
     NEWEST, PREVIOUS = "checkpoint.pth.tar", "previous.pth.tar"
 
     def __init__(self, folder):
-        self._folder, self._unwritten = Path(folder), {}
-        for left in self._folder.glob(".*.pth.tar*"):  # by saves that were killed
-            left.unlink()
-
-    @property
-    def unwritten(self):
-        """Names of the checkpoints whose last write failed."""
-        return list(self._unwritten)
+        self._folder = Path(folder)
+        self.unwritten = {}  # {name: bytes} of the checkpoints whose last write failed
 
     def save(self, state, names=()):
         """Write copies under other names, then the newest checkpoint, from which a run resumes.
@@ -127,18 +121,18 @@ class Checkpoints:
         """
         buffer = io.BytesIO()  # torch's own writer does not say why a write to a file fails
         torch.save(state, buffer)
-        self._unwritten.pop(self.NEWEST, None)
-        self._unwritten |= dict.fromkeys([*names, self.NEWEST], buffer.getbuffer())
-        for name in list(self._unwritten):
+        self.unwritten.pop(self.NEWEST, None)
+        self.unwritten |= dict.fromkeys([*names, self.NEWEST], buffer.getbuffer())
+        for name in list(self.unwritten):
             keep = self._keep_previous if name == self.NEWEST else None
             try:
                 with storage.atomic_write(self._folder / name, before_rename=keep) as file:
-                    file.write(self._unwritten[name])
+                    file.write(self.unwritten[name])
             except OSError as error:
                 utils.note(f"{self._folder / name} was not written ({error.strerror}); training "
                            "goes on, and the next save tries again")
                 return
-            del self._unwritten[name]
+            del self.unwritten[name]
 
     def _keep_previous(self):
         """Give the newest checkpoint a second name, before the next one, now whole, has its own."""

@@ -62,7 +62,8 @@ class Run:
         """Raise Stopped after a signal, in all processes; RunError if nothing could be saved."""
         name = signal.Signals(number).name
         # Nobody ends before the main process has saved.
-        unwritten = distributed.broadcast_object(self._checkpoints and self._checkpoints.unwritten)
+        unwritten = distributed.broadcast_object(
+            self._checkpoints and list(self._checkpoints.unwritten))
         if unwritten:
             raise RunError(f"stopped by {name}, and {unwritten[-1]} could not be written; the same "
                            "command continues from the checkpoint before")

@@ -34,8 +34,8 @@ import filelock
 import utils
 from detection import Choice
 from infra import program, runs, storage
+from infra.storage import read_records
 from report import figures, page, tables
-from report.records import read_records
 from utils import RunError, Stopped, UserError, number
 
 HERE = Path(__file__).resolve().parent

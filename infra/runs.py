@@ -46,7 +46,6 @@ class Run:
     """A run: its folder, its logs, its checkpoints. All processes have one; the main one writes."""
 
     folder: Path  # RESULTS/EXP/N--label
-    resumed: bool  # whether it was there before
     saved: dict | None  # the newest checkpoint of a resumed run
     log: "Log"
     _lock: object = None  # held until the process ends, however it ends
@@ -102,18 +101,18 @@ def open_run(results_dir, exp_name, config, images, *, label, resume=True, fits=
     if not resume and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         utils.note("--no-resume does not count at a restart by Slurm: the run is continued")
         resume = True
-    folder = resumed = saved = lock = store = None
+    folder = saved = lock = store = None
     if distributed.is_main_process():
         folder, resumed, lock = _find_or_start(Path(results_dir) / exp_name, label,
                                                {"config": config, "images": images}, resume)
         store = Checkpoints(folder / "checkpoint")
         saved = store.newest(lambda state: fits(state) and not _changed_keys(
-            {"config": state.get("config", config)}, {"config": config}))
+            state.get("config", config), config))
         if resumed and saved is None:
             utils.note(f"{folder} was broken off before anything was saved, and begins again")
-    log = Log(folder, keep=saved["progress"]["log_bytes"] if saved else 0, resumed=bool(saved))
-    folder, resumed, saved = distributed.broadcast_object((folder, resumed, saved))
-    return Run(folder, resumed, saved, log, lock, store)
+    log = Log(folder, keep=saved["progress"]["log_bytes"] if saved else 0)
+    folder, saved = distributed.broadcast_object((folder, saved))
+    return Run(folder, saved, log, lock, store)
 
 
 def _find_or_start(home, label, identity, resume):
@@ -122,22 +121,24 @@ def _find_or_start(home, label, identity, resume):
     identity = json.loads(json.dumps(identity))
     with _lock(home / ".lock"):  # or two equal commands started together would both find nothing
         known = list(_known_runs(home)) if resume else []
-        same = next((k for k in known if not _changed_keys(k[1], identity)), None)
-        if resumed := same is not None and not is_finished(same[0]):
-            folder, before = same
+        same = (k for k in known if not _changed_keys(k[1]["config"], identity["config"]))
+        folder, before = next(same, (None, None))
+        if resumed := folder is not None and not is_finished(folder):
             for split, digest in identity["images"].items():
-                if before["images"].get(split) != digest:
+                if (then := before["images"].get(split)) != digest:
                     raise UserError(
                         f"the {split} images are not those that {folder} was started with: their "
-                        f"sha256 is {digest}, it was {before['images'].get(split)}; put the old "
-                        "ones back, or start a new run with --no-resume")
+                        f"sha256 is {digest}, it was {then}; put the old ones back, or start a new "
+                        "run with --no-resume")
         else:
             _note_changed_settings(known, identity)
             folder = _new_folder(home, label, identity)
         try:
             lock = _lock(folder / ".lock", timeout=0)
         except filelock.Timeout:
-            raise UserError(f"{folder} is being trained by another process{_last_start(folder)}; "
+            starts = [f" (process {r['pid']} on {r['host']})"
+                      for r in storage.read_records(folder / "log.jsonl") if "pid" in r]
+            raise UserError(f"{folder} is being trained by another process{''.join(starts[-1:])}; "
                             "--no-resume starts another run with the same settings") from None
         _point_latest(home, folder)
         return folder, resumed, lock
@@ -145,13 +146,8 @@ def _find_or_start(home, label, identity, resume):
 
 def is_finished(folder):
     """Tell whether a run has ended: whether its last record is that of the end."""
-    try:
-        with open(Path(folder) / "log.jsonl", "rb") as file:
-            file.seek(max(0, os.path.getsize(file.name) - 4096))
-            last = file.read().splitlines(keepends=True)[-1:]
-        return bool(last) and last[0].endswith(b"\n") and json.loads(last[0])["event"] == "end"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+    records = storage.read_records(Path(folder) / "log.jsonl")
+    return bool(records) and records[-1].get("event") == "end"
 
 
 def _numbered(home):
@@ -167,9 +163,8 @@ def _known_runs(home):
                 yield folder, identity
 
 
-def _changed_keys(before, identity):
-    """Keys of the configuration that count and differ."""
-    old, new = before["config"], identity["config"]
+def _changed_keys(old, new):
+    """Keys of two configurations that count and differ."""
     keys = [k for k in {**new, **old} if k not in NOT_IN_IDENTITY]
     # A setting that did not exist yet when the run was started was off.
     return [k for k in keys if (old.get(k) or None) != (new.get(k) or None)]
@@ -178,7 +173,7 @@ def _changed_keys(before, identity):
 def _note_changed_settings(known, identity):
     """Say why the newest unfinished run is not continued."""
     for folder, before in known:
-        changed = _changed_keys(before, identity)
+        changed = _changed_keys(before["config"], identity["config"])
         if changed and not is_finished(folder):
             what = ", ".join(f"{k.replace('_', '-')} {before['config'].get(k)} there, "
                              f"{identity['config'].get(k)} here" for k in changed)
@@ -215,15 +210,6 @@ def _lock(path, timeout=-1):
         return contextlib.nullcontext()
 
 
-def _last_start(folder):
-    """Which process logged the last start of a run, in brackets, where its log says it."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        last = [r for r in map(json.loads, lines) if r["event"] in ("start", "resume")][-1]
-        return f" (process {last['pid']} on {last['host']})"
-    return ""
-
-
 def _point_latest(home, folder):
     """Let RESULTS/EXP/latest_exp be the run that is trained now."""
     latest, pointer = home / "latest_exp", home / f".latest_exp.{folder.name}"
@@ -250,11 +236,11 @@ class Log:
     names the logs that lack a line.
 
     Args: folder: the run folder; None writes nothing, for the processes that do not write. keep:
-        bytes of the records that stay. resumed: whether the run goes on from a checkpoint.
+        bytes of the records that stay, 0 for a new run.
     """
 
-    def __init__(self, folder, keep=0, resumed=False):
-        self.lost, self._resumed = [], resumed
+    def __init__(self, folder, keep=0):
+        self.lost, self._resumed = [], keep > 0
         self._text, self._records = (folder and Path(folder) / name
                                      for name in ("setup.log", "log.jsonl"))
         if folder is not None:

@@ -2,12 +2,14 @@
 
     with atomic_write("results/scores.csv", "w") as file: ...
     append_lines("results/log.jsonl", b'{"event": "end"}\n')
+    read_records("results/log.jsonl")  # [{"event": "end"}]
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import stat
@@ -175,3 +177,12 @@ def append_lines(path, data, sync=False):
             raise
         if sync:
             os.fsync(file.fileno())
+
+
+def read_records(path):
+    """Return the records (dicts) of a file of JSON lines, without what a crash cut off."""
+    records = []
+    for line in Path(path).read_bytes().split(b"\n") if os.path.isfile(path) else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]

@@ -7,10 +7,8 @@
 RESULTS/EXP_ssd.txt and RESULTS/EXP_ssd.jsonl are appended to, as the original does.
 """
 
-import contextlib
 import csv
 import json
-import os
 import time
 from pathlib import Path
 
@@ -47,15 +45,6 @@ def write_csv(path, rows):
         for row in rows:
             writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in FORMULA else cell
                              for cell in row])
-
-
-def read_records(path):
-    """Return the records (dicts) of a file of JSON lines, without what a crash cut off."""
-    records = []
-    for line in Path(path).read_bytes().split(b"\n") if os.path.isfile(path) else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
 
 
 class Report:

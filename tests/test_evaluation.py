@@ -22,7 +22,8 @@ import data
 import features
 import utils
 from detection import Choice
-from report.records import Report, line_of, read_records
+from infra.storage import read_records
+from report.records import Report, line_of
 
 RESULT = {"in": "cifar10", "ood": "cifar100", "clusters": 1, "fpr95": 0.5078,
           "auroc": 0.9063240349999999, "aupr": 0.8919609510086947}

@@ -86,9 +86,7 @@ def test_threads_that_cannot_be_locked_out_never_get_the_same_run_folder(start):
 
 def test_an_unfinished_run_of_the_same_configuration_is_resumed(start, capsys):
     first = start()
-    assert not first.resumed
-    again = start()
-    assert (again.folder, again.resumed) == (first.folder, True)
+    assert start().folder == first.folder
     assert "broken off before anything was saved" in capsys.readouterr().err
     (first.folder.parent / "latest_exp").unlink()  # a kill may have come before it was made
     start()
@@ -144,13 +142,12 @@ def test_what_is_called_latest_exp_and_is_no_link_of_ours_is_moved_aside(
 def test_a_run_whose_last_record_is_not_a_whole_end_is_unfinished(start, last):
     first = start()
     (first.folder / "log.jsonl").write_text('{"event": "start"}\n' + last)
-    assert start().resumed
+    assert start().folder == first.folder
 
 
 def test_no_resume_starts_the_next_number(start):
     start()
-    again = start(resume=False)
-    assert (again.folder.name, again.resumed) == ("2--x", False)
+    assert start(resume=False).folder.name == "2--x"
 
 
 def test_a_changed_configuration_starts_the_next_number_and_names_the_keys(start, capsys):
@@ -213,7 +210,7 @@ def test_a_run_is_refused_as_long_as_the_process_that_holds_it_lives(start, hold
     holder.kill()
     holder.wait()
     assert start().folder.name == "2--x"  # the newest of these settings
-    assert start(lr=0.7).resumed
+    assert start(lr=0.7).folder.name == "3--x"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -230,9 +227,9 @@ def test_where_files_cannot_be_locked_a_run_starts_with_a_warning(
 
 
 def test_a_job_that_slurm_requeued_is_continued_in_spite_of_no_resume(start, monkeypatch, capsys):
-    start()
+    first = start()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert start(resume=False).resumed
+    assert start(resume=False).folder == first.folder
     assert "--no-resume does not count" in capsys.readouterr().err
 
 

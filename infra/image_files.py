@@ -38,8 +38,6 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tif
 SUFFIXES = ", ".join(IMAGE_SUFFIXES)
 MAX_PIXELS = 178_956_970  # of a picture that is decoded whole: 540 MB; where PIL refuses by default
 ENLARGED = 2**22  # pixels to which a strip is enlarged at most, 13 MB
-ORIENTATION = 0x0112  # tag of EXIF
-TURNED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its values that turn: PIL's Transpose
 
 
 class LazyImages:
@@ -210,6 +208,8 @@ def load_rgb(path, upright=False, enough=None):
     Args: upright: whether to turn the picture as its EXIF says. enough: pixels of the short side
         to which a JPEG may be reduced while it is decoded.
     """
+    from PIL import ImageOps
+
     with _opened(path) as image:
         if enough is not None:
             image.draft(None, (enough, enough))
@@ -221,11 +221,11 @@ def load_rgb(path, upright=False, enough=None):
         if image.mode.startswith(("I", "F")):  # "RGB" would clip these at 255
             raise UserError(f"the image {path} has more than 8 bits a channel (PIL mode "
                             f"{image.mode}); convert it to 8 bits")
-        rgb, orientation = image.convert("RGB"), None
+        rgb = image.convert("RGB")
         if upright:
             with contextlib.suppress(Exception):  # damaged EXIF does not make pixels unreadable
-                orientation = image.getexif().get(ORIENTATION)
-        return rgb.transpose(TURNED[orientation]) if orientation in TURNED else rgb
+                ImageOps.exif_transpose(rgb, in_place=True)
+        return rgb
 
 
 def thumbnail(path, side):

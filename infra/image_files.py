@@ -13,11 +13,8 @@ processes nor a resume changes which crop an image gets.
 
 import contextlib
 import copy
-import ctypes
-import functools
 import io
 import itertools
-import multiprocessing
 import os
 import signal
 import warnings
@@ -292,12 +289,11 @@ def training_batches(files, augmentation, order, rows_of, *, views, size, seed, 
         except UserError as error:
             return error  # raised here it would come with a traceback
 
-    over = multiprocessing.RawValue(ctypes.c_bool, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # more workers than cores, if that is wanted
         batches = iter(DataLoader(
             range(first, len(order)), batch_size=None, collate_fn=load_batch, pin_memory=pin,
-            num_workers=files.workers, worker_init_fn=functools.partial(_ignore_signals, over),
+            num_workers=files.workers, worker_init_fn=_ignore_signals,
             multiprocessing_context="fork",
             generator=torch.Generator(),  # or it would draw from the global stream
         ))
@@ -307,16 +303,14 @@ def training_batches(files, augmentation, order, rows_of, *, views, size, seed, 
                 raise batch
             yield batch
     finally:
-        over.value = True
         del batches  # and with it the workers, even where a traceback holds this frame
 
 
-def _ignore_signals(over, worker):
+def _ignore_signals(worker):
     """Leave signals, which a shell or Slurm sends to all, to the training process."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    # It asks its workers to end, after the batch they are at; they look whether it is still there.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # With SIGTERM it ends its workers too; then it has set `over` before.
-    signal.signal(signal.SIGTERM, lambda number, frame: over.value and os._exit(0))
 
 
 def _ssl_batch(files, batch, rows, views, size, generator):

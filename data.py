@@ -212,22 +212,6 @@ def restrict(images, classes):
     return replace(kept, labels=new[kept.labels], class_names=names)
 
 
-def load_training_images(spec, *, data_dir, size, download=True, workers=0, in_classes=None):
-    """Read the ImageSets to train on and to monitor with: (train, test), test None if it has none.
-
-    Args: as of `load`; in_classes: ints, the classes that stay, None for all.
-    """
-    where = dict(data_dir=data_dir, size=size, download=download, workers=workers)
-    with distributed.main_process_first():  # which may have to download
-        train = load(spec, "train", crops=True, **where)
-        test = load(spec, "test", **where) if has_split(spec, "test", data_dir=data_dir) else None
-    if workers and not isinstance(train.pixels, ImageFiles):
-        utils.note(f"--workers does nothing: {spec} is not a set of image files")
-    if in_classes:
-        train, test = (images and restrict(images, in_classes) for images in (train, test))
-    return train, test
-
-
 def to(images, device):
     """Return an ImageSet with pixels and labels on a device, to stay there; files stay on disk."""
     pixels = images.pixels if isinstance(images.pixels, ImageFiles) else images.pixels.to(device)
@@ -253,12 +237,6 @@ def place(images, data_dir):
     name, _, path = images.name.partition(":")
     return path or (data_dir if name in WITH_PATH else
                     os.path.join(data_dir, {"stl": "stl10"}.get(name, name)))
-
-
-def absolute(spec):
-    """Return "NAME" or "NAME:PATH" with the path made absolute."""
-    name, path = parse_spec(spec)
-    return f"{name}:{path.resolve()}" if path else name
 
 
 def normalisation(spec, images):
@@ -373,8 +351,6 @@ def _npz(request):
     Labels are integers [N] or [N, 1]; the classes are 0, 1, ... of both splits, else none.
     """
     path, key = request.root, f"{request.split}_images"
-    if not path.is_file():
-        raise UserError(f"npz: no file {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = file.files
@@ -400,14 +376,11 @@ def _npz(request):
             utils.note(f"npz: {key} of {path} is {y.dtype} {list(y.shape)}, no integers [N] or "
                        "[N, 1]: its images are without classes")
         return ImageSet(request.name, _to_rgb(x), torch.zeros(n, dtype=torch.int64))
-    y = both[key]
-    if len(y) != n:
-        raise UserError(f"npz: {key} of {path} is {y.dtype} {list(y.shape)}; expected an integer "
-                        f"for each of the {n} images")
-    highest = max((int(b.max()) for b in both.values() if b.size), default=0)
-    if n and (y.min() < 0 or highest >= utils.MAX_CLASSES):
-        raise UserError(f"npz: {key} of {path} goes from {y.min()} to {highest}; expected classes "
-                        f"from 0 to at most {utils.MAX_CLASSES - 1}")
+    y, highest = both[key], max(int(b.max(initial=0)) for b in both.values())
+    if len(y) != n or y.min(initial=0) < 0 or highest >= utils.MAX_CLASSES:
+        raise UserError(f"npz: {key} of {path} is {y.dtype} {list(y.shape)} from "
+                        f"{y.min(initial=0)} to {highest}; expected a class, from 0 to at most "
+                        f"{utils.MAX_CLASSES - 1}, for each of the {n} images")
     labels = torch.from_numpy(y.reshape(n).astype(np.int64))
     return ImageSet(request.name, _to_rgb(x), labels, tuple(map(str, range(highest + 1))))
 

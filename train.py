@@ -133,9 +133,17 @@ def load_images(args, mode):
         raise UserError("--mean and --std are the constants of --normalize, and that is off")
     # Sets that are larger than memory are decoded as they are needed, unless the user says how.
     workers = data.default_workers(args.dataset) if args.workers is None else args.workers
-    train, test = data.load_training_images(
-        args.dataset, data_dir=args.data_dir, size=args.size, download=not args.no_download,
-        workers=workers, in_classes=args.in_classes)
+    where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download,
+                 workers=workers)
+    with distributed.main_process_first():  # which may have to download
+        train, test = data.load(args.dataset, "train", crops=True, **where), None
+        if data.has_split(args.dataset, "test", data_dir=args.data_dir):
+            test = data.load(args.dataset, "test", **where)
+    if workers and not isinstance(train.pixels, ImageFiles):
+        utils.note(f"--workers does nothing: {args.dataset} is not a set of image files")
+    if args.in_classes:
+        train, test = (images and data.restrict(images, args.in_classes)
+                       for images in (train, test))
     classes = len(train.class_names or ())
     if mode.needs_labels and classes < 2:
         raise UserError(f"--training-mode {args.training_mode} needs images of at least 2 classes, "
@@ -204,11 +212,11 @@ def main(argv=None):
 
     # Run folder. Configuration and images are the identity of a run, by which the same command
     # finds its unfinished one; what the logs say of steps after its checkpoint is made again.
-    name, _ = data.parse_spec(args.dataset)
+    name, path = data.parse_spec(args.dataset)
     config = utils.to_json_types(vars(args)) | {
         "num_classes": num_classes, "mean": mean, "std": std,
         "data_dir": str(Path(args.data_dir).resolve()),  # evaluation may be started elsewhere
-        "dataset": data.absolute(args.dataset),
+        "dataset": f"{name}:{path.resolve()}" if path else name,
         "in_files": isinstance(train.pixels, ImageFiles),  # their crops are others than in memory
         "constants": args.mean and [args.mean, args.std],  # measured ones follow from the images
     }

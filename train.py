@@ -170,11 +170,8 @@ def load_weights(network, args):
                         f"{args.training_mode}: {error}") from None
     # Weights of another size or normalisation are no error, but seldom what was meant.
     config = rest.get("config")
-    for key in ("size", "normalize", "dataset"):
-        now = getattr(args, key)
-        before = config.get(key, now) if isinstance(config, dict) else now
-        if isinstance(before, type(now)) and (
-                str(before).partition(":")[0] != str(now).partition(":")[0]):
+    for key, now in (("size", args.size), ("normalize", args.normalize)):
+        if isinstance(config, dict) and (before := config.get(key, now)) != now:
             utils.note(f"--ckpt {args.ckpt} was trained with {key} {before}, this is {key} {now}")
 
 

@@ -23,7 +23,6 @@ from infra import distributed, runs
 from utils import RunError, Stopped, UserError
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
-SMALLER = "a smaller --batch-size or --size helps"
 
 
 def run(main):
@@ -85,10 +84,9 @@ def _verdict(error):
     if isinstance(error, KeyboardInterrupt):
         number = signal.Signals(*error.args or [signal.SIGINT])
         return "interrupted" if number == signal.SIGINT else f"ended by {number.name}", 128 + number
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return f"out of GPU memory: {first} {SMALLER.capitalize()}.", 1
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return f"out of memory; {SMALLER}", 1
+    memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    if memory or "DefaultCPUAllocator" in str(error):
+        return f"out of memory; a smaller --batch-size or --size helps ({first or error!r})", 1
     if "DataLoader worker" in str(error):  # torch's words when one was killed
         return (f"a process that decodes images has ended: {first} Fewer --workers and a smaller "
                 "--batch-size take less memory"), 1

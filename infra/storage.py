@@ -39,9 +39,7 @@ def make_output_folder(path, flag):
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        is_file = isinstance(error, (FileExistsError, NotADirectoryError))
-        reason = "it is a file" if is_file else error.strerror
-        raise UserError(f"{flag} {path} cannot be written to: {reason}") from None
+        raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from None
 
 
 def check_outputs(outputs, inputs):

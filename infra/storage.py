@@ -73,8 +73,7 @@ def _check_file(flag, path):
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
             raise UserError(f"{flag} {path} is {kind}; expected the name of a file")
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        open(path, "r+b").close()
     except (FileNotFoundError, NotADirectoryError):
         pass  # its folder is made next
     except OSError as error:

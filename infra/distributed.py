@@ -164,12 +164,6 @@ def let_others_speak(error):
         time.sleep(HEAD_START)
 
 
-def process_label():
-    """Return words that tell this process from the others, "" where it is the only one."""
-    alone = world_size() == 1
-    return "" if alone else f"process {rank()} of {world_size()} on {socket.gethostname()}: "
-
-
 def is_peer_failure(error):
     """Tell whether an error only says that another process is gone."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or (
@@ -312,11 +306,7 @@ def parallel(network):
     # Statistics of batch norm stay those of each process, as in the original; torch renamed that.
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    device = next(network.parameters()).device
-    return DistributedDataParallel(
-        network, device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True, **{sync: False},
-    )
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **{sync: False})
 
 
 def broadcast_buffers(network):

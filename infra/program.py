@@ -13,6 +13,7 @@ import codecs
 import contextlib
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def run(main):
         message, status = _verdict(error)
         if message is None:
             raise
-        of_all = status == 2 and distributed.is_main_process()  # the others have the same input
-        who = "" if of_all else distributed.process_label()
+        who, n = "", distributed.world_size()
+        if n > 1 and (status != 2 or not distributed.is_main_process()):  # all have the same input
+            who = f"process {distributed.rank()} of {n} on {socket.gethostname()}: "
         with contextlib.suppress(OSError):
             print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(message).split())}",
                   file=sys.stderr, flush=True)

@@ -65,9 +65,9 @@ class Noise(LazyImages):
     the rest: 10,000 images of 224 pixels would be 6 GB. `kind` is a key of NOISE.
     """
 
-    def __init__(self, kind, size, seed, index=None):
+    def __init__(self, kind, size, seed):
         self.kind, self.size, self.seed = kind, size, seed
-        self.index = torch.arange(NOISE_IMAGES) if index is None else index
+        self.index = torch.arange(NOISE_IMAGES)
 
     def load(self):
         """Return all the images, float32 [N, 3, S, S]."""
@@ -279,7 +279,7 @@ def _torchvision(class_name, request):
     except Exception as error:  # of many types: of files, pickle, archives and torchvision
         if "not found" not in str(error):  # torchvision's words: "not found or corrupted"
             what = f"{request.name}: cannot read its files in {where}"
-            raise UserError(f"{what}: {_first_line(error)}") from None
+            raise UserError(f"{what}: {error!r}") from None
         files, wanted = _official_files(cls, where, split)
         for path, expected in files:
             if path.is_file() and (found := storage.file_hash(path, "md5")) != expected:
@@ -316,15 +316,11 @@ def _download(request, where, wanted, download):
         try:
             return download()
         except Exception as error:  # of as many types, and those of the connection
-            reason = f", and its download failed ({_first_line(error)})"
+            reason = f", and its download failed ({error!r})"
         for folder, *_ in os.walk(missing[-1], topdown=False) if missing else ():
             with contextlib.suppress(OSError):  # it holds what was downloaded
                 os.rmdir(folder)
     raise UserError(f"{request.name}: not found under {where}{reason}; put {wanted}") from None
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _digits(request):
@@ -359,7 +355,7 @@ def _npz(request):
                 with contextlib.suppress(ValueError):  # of Python's objects: they are not unpickled
                     arrays[k] = file[k]
     except Exception as error:  # of many types: of files, zip archives, zlib and numpy
-        raise UserError(f"npz: cannot read {path} as an .npz file: {_first_line(error)}") from None
+        raise UserError(f"npz: cannot read {path} as an .npz file: {error!r}") from None
     if key not in arrays:
         raise UserError(f"npz: {path} has no array '{key}', only {', '.join(keys) or 'nothing'}")
     x = arrays[key]

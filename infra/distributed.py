@@ -109,15 +109,13 @@ def slurm_variables(env):
     """
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env["SLURM_STEP_TASKS_PER_NODE"])  # "4(x2),3"
     tasks = [int(n) for n, times in counts for _ in range(int(times or 1))]
-    found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-             "LOCAL_RANK": env["SLURM_LOCALID"],
-             "LOCAL_WORLD_SIZE": str(tasks[int(env["SLURM_NODEID"])])}
-    if "MASTER_ADDR" not in env:  # the first of "gpu[07-09,12],other" is gpu07
-        nodes = re.sub(r"\[(\d+)[^\]]*\]", r"\1", env["SLURM_STEP_NODELIST"])
-        found["MASTER_ADDR"] = nodes.partition(",")[0]
-    if "MASTER_PORT" not in env:
-        found["MASTER_PORT"] = str(10000 + int(env["SLURM_JOB_ID"]) % 20000)
-    return found
+    # The first of "gpu[07-09,12],other" is gpu07.
+    nodes = re.sub(r"\[(\d+)[^\]]*\]", r"\1", env["SLURM_STEP_NODELIST"])
+    return {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(tasks[int(env["SLURM_NODEID"])]),
+            "MASTER_ADDR": env.get("MASTER_ADDR", nodes.partition(",")[0]),
+            "MASTER_PORT": env.get("MASTER_PORT", str(10000 + int(env["SLURM_JOB_ID"]) % 20000))}
 
 
 def _replace_by_torchrun(processes):

@@ -222,7 +222,6 @@ def _point_latest(home, folder):
         pointer.symlink_to(folder.name)
         os.replace(pointer, latest)
     except OSError as error:  # a file system without symbolic links
-        pointer.unlink(missing_ok=True)
         utils.note(f"{latest} was not updated: {error.strerror}")
 
 

@@ -39,7 +39,7 @@ def test_processes_meet_at_the_first_node_of_the_step_at_a_port_of_the_job(nodes
 
 def test_the_batch_script_may_say_where_processes_meet():
     found = distributed.slurm_variables(task() | {"MASTER_ADDR": "beta", "MASTER_PORT": "29500"})
-    assert not found.keys() & {"MASTER_ADDR", "MASTER_PORT"}
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("beta", "29500")
 
 
 @pytest.fixture

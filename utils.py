@@ -159,9 +159,7 @@ def read_yaml(path, flag="--config"):
     try:
         content = yaml.load(Path(os.path.expanduser(path)).read_text(encoding="utf-8"), Loader)
     except (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError) as error:
-        unread = isinstance(error, OSError | UnicodeDecodeError)
-        fault = "cannot be read" if unread else "is not YAML"
-        raise UserError(f"{flag} {path} {fault}: {error}") from None
+        raise UserError(f"{flag} {path} cannot be read or is not YAML: {error}") from None
     if not isinstance(content, dict | None):
         raise UserError(f"{flag} {path}: expected 'flag: value' lines, not {reprlib.repr(content)}")
     return content or {}
@@ -207,10 +205,10 @@ def class_list(text):
             low, dash, high = part.partition("-")
             chosen += range(int(low), min(int(high if dash else low), MAX_CLASSES) + 1)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected 0-5 or 0,3,7, not '{text}'") from None
+        chosen = []
     if not chosen or len(set(chosen)) < len(chosen) or MAX_CLASSES in chosen:
-        raise argparse.ArgumentTypeError(f"'{text}' names no class below {MAX_CLASSES}, or one "
-                                         "of them twice")
+        raise argparse.ArgumentTypeError(f"expected 0-5 or 0,3,7, no class twice and all below "
+                                         f"{MAX_CLASSES}, not '{text}'")
     return tuple(sorted(chosen))
 
 

@@ -85,7 +85,7 @@ def _verdict(error):
         return error, 2
     if isinstance(error, KeyboardInterrupt):
         number = signal.Signals(*error.args or [signal.SIGINT])
-        return "interrupted" if number == signal.SIGINT else f"ended by {number.name}", 128 + number
+        return f"ended by {number.name}", 128 + number
     memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
     if memory or "DefaultCPUAllocator" in str(error):
         return f"out of memory; a smaller --batch-size or --size helps ({first or error!r})", 1

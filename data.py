@@ -431,11 +431,11 @@ def _classes(folder, may_be_flat=False):
         images, more = image_files.find_images(path)
         below |= {os.path.basename(path): images} if images else {}
         others += more
-    if not (loose and may_be_flat):
-        return below, others
-    if below:
-        utils.note(f"{folder} holds images beside folders of images; all are without classes")
-    return {None: image_files.find_images(folder)[0]}, others
+    if loose and may_be_flat:
+        if below:
+            utils.note(f"{folder} holds images beside folders of images; all are without classes")
+        below = {None: image_files.find_images(folder)[0]}
+    return below, others
 
 
 def _of_files(request, root, by_class, others, names=None):

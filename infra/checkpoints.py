@@ -136,15 +136,13 @@ class Checkpoints:
 
     def _keep_previous(self):
         """Give the newest checkpoint a second name, before the next one, now whole, has its own."""
-        newest, link = self._folder / self.NEWEST, self._folder / f".{self.PREVIOUS}"
-        if not newest.exists():
-            return
-        link.unlink(missing_ok=True)
-        try:
-            os.link(newest, link)
-        except OSError:  # a file system without links: the name moves
-            link = newest
-        os.replace(link, self._folder / self.PREVIOUS)
+        newest, previous = self._folder / self.NEWEST, self._folder / self.PREVIOUS
+        if newest.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(newest, previous)
+            except OSError:  # a file system without links: the name moves
+                os.replace(newest, previous)
 
     def newest(self, fits=lambda state: True):
         """Return the newest checkpoint that is whole, on the CPU; None where nothing was saved.

@@ -70,9 +70,10 @@ def _interrupt(number, frame):
 
 def _any_text(error):
     """Encode what a stream cannot: bytes in the name of a file as they are, the rest escaped."""
-    characters = error.object[error.start : error.end]
-    return b"".join(bytes([ord(c) & 0xFF]) if "\udc80" <= c <= "\udcff" else
-                    c.encode("ascii", "backslashreplace") for c in characters), error.end
+    character = error.object[error.start]
+    is_byte = "\udc80" <= character <= "\udcff"
+    text = character.encode("ascii", "surrogateescape" if is_byte else "backslashreplace")
+    return text, error.start + 1
 
 
 codecs.register_error("any-text", _any_text)

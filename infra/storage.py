@@ -57,7 +57,6 @@ def check_outputs(outputs, inputs):
                 raise UserError(f"{flag} and {other} are the same file, {path}")
             if Path(path).suffix not in RESULT_SUFFIXES and _is_inside(path, place):
                 raise UserError(f"{flag} {path} is a file of {other} {place}")
-    for flag, path in outputs:
         _check_file(flag, path)
     for flag, path in outputs:
         for each in (path, os.path.realpath(path)):

@@ -152,14 +152,14 @@ def shutdown():
 
 
 def let_others_speak(error):
-    """Wait for the main process to name an error that all have, then for the launcher's end.
+    """Wait for those that know more of an error; then the launcher ends this process.
 
-    A process that only lost its peers, the main one too, leaves the word to the one that died.
+    Of an error that all have that is the main process, of peers that are gone the launcher.
     """
-    if not is_main_process() or is_peer_failure(error):
+    if turns := (not is_main_process()) + is_peer_failure(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        time.sleep(HEAD_START)
+        time.sleep(turns * HEAD_START)
 
 
 def is_peer_failure(error):

@@ -266,8 +266,6 @@ class Log:
 
     def sync(self):
         """Bring the records to the disk; returns how many bytes they have, for a checkpoint."""
-        if self._records is None:
-            return 0
         with contextlib.suppress(OSError), open(self._records, "rb+") as file:
             os.fsync(file.fileno())
         return self._records.stat().st_size

@@ -136,9 +136,9 @@ def load_images(args, mode):
     where = dict(data_dir=args.data_dir, size=args.size, download=not args.no_download,
                  workers=workers)
     with distributed.main_process_first():  # which may have to download
-        train, test = data.load(args.dataset, "train", crops=True, **where), None
-        if data.has_split(args.dataset, "test", data_dir=args.data_dir):
-            test = data.load(args.dataset, "test", **where)
+        train = data.load(args.dataset, "train", crops=True, **where)
+        has_test = data.has_split(args.dataset, "test", data_dir=args.data_dir)
+        test = data.load(args.dataset, "test", **where) if has_test else None
     if workers and not isinstance(train.pixels, ImageFiles):
         utils.note(f"--workers does nothing: {args.dataset} is not a set of image files")
     if args.in_classes:

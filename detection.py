@@ -534,40 +534,28 @@ def score_each(detectors, features, name="the features"):
     return {key: values.numpy() for key, values in scores.items()}
 
 
-@dataclass(frozen=True)
-class SSDk:
+class SSDk(Shrunk):
     """Detect outliers by their distance to the training features less that to known outliers.
 
     Both Gaussians have Ledoit and Wolf's covariance, since the known outliers are few.
     """
-
-    standardize: Standardizer
-    inliers: Gaussian
-
-    @classmethod
-    def fit(cls, train, device=None):
-        """Fit to the training features, float [N, D]; device and errors as for SSD.fit."""
-        standardize = Standardizer.fit(train, device)
-        x = standardize(train, "the training features")
-        return cls(standardize, Gaussian.fit(x, shrink=True, device=device))
 
     def know(self, outliers):
         """Fit to the features of known outliers, float [n, D]; returns their Gaussian."""
         x = self.standardize(outliers, "the known outliers")
         return Gaussian.fit(x, shrink=True, device=self.standardize.mean.device)
 
-    def distance(self, features):
+    def inlier_score(self, features):
         """Return d_in of each row [N, D], the distance to the training features: array [N]."""
-        return self.inliers.score(self.standardize(features)).cpu().numpy()
+        return super().score(features)
 
     def score(self, features, known, inside=None):
         """Return d_in - d_out of each row [N, D]: float64 array [N], negative ones included.
 
-        Args: known: from `know`. inside: d_in of these rows, from `distance`, if known already.
+        Args: known: from `know`. inside: `inlier_score` of these rows, if it is there already.
         """
-        x = self.standardize(features)
-        inside = self.inliers.score(x).cpu().numpy() if inside is None else inside
-        return inside - known.score(x).cpu().numpy()
+        inside = self.inlier_score(features) if inside is None else inside
+        return inside - known.score(self.standardize(features)).cpu().numpy()
 
 
 def p_values(scores, calibration):

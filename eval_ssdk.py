@@ -69,9 +69,9 @@ def main(argv=None):
         inputs={"--config": args.config, **source.inputs})
 
     # Fit the Gaussian of the in-distribution images, once.
-    detector = detection.SSDk.fit(source.features(train, args.data_mode), utils.device())
+    detector = detection.SSDk.fit(source.features(train, args.data_mode), device=utils.device())
     x_test = source.features(test)
-    test_distance = detector.distance(x_test)
+    test_distance = detector.inlier_score(x_test)
 
     # Each outlier set: fit a Gaussian of its known images, score the rest of it.
     for known, rest in splits:

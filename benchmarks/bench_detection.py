@@ -86,8 +86,8 @@ def ours(score, value, train, test, oods, labels, device):
     if score != "ssdk":
         detector = detection.Choice(score, value).fit(train, labels, device=device)
         return [detector.score(x) for x in (test, *oods)]
-    detector = detection.SSDk.fit(train, device)
-    inside = detector.distance(test)
+    detector = detection.SSDk.fit(train, device=device)
+    inside = detector.inlier_score(test)
     pairs = [(detector.score(test, known, inside=inside), detector.score(ood, known))
              for ood in oods for known in [detector.know(ood[:KNOWN])]]
     return [pairs[0][0], *(scores for _, scores in pairs)]

@@ -201,14 +201,14 @@ MUTANTS = [Mutant(*row) for row in [
      DETECTOR_SUPCE),
 
     # --- detection: SSDk
-    ("detection.py", "return inside - known.score(x).cpu().numpy()", "return inside",
+    ("detection.py", "return inside - known.score(self.standardize(features)).cpu().numpy()",
+     "return inside",
      DETECTOR_SSDK),
     ("detection.py", "return Gaussian.fit(x, shrink=True, device=self.standardize.mean.device)",
-     "return self.inliers", DETECTOR_SSDK),
+     "return self.gaussians[0]", DETECTOR_SSDK),
     ("detection.py", "return Gaussian.fit(x, shrink=True, device=self.standardize.mean.device)",
      "return Gaussian.fit(x, device=self.standardize.mean.device)", DETECTOR_SSDK),
-    ("detection.py", "Gaussian.fit(x, shrink=True, device=device)",
-     "Gaussian.fit(x, device=device)", DETECTOR_SSDK),
+    ("detection.py", "class SSDk(Shrunk)", "class SSDk(SSD)", DETECTOR_SSDK),
     ("detection.py", "spread = (fourth - size) / n", "spread = (fourth - size) / (n - 1)",
      DETECTOR_SSDK),
     ("detection.py", "size - dim * target**2", "size - target**2", DETECTOR_SSDK),

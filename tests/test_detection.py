@@ -60,7 +60,7 @@ def test_ssdk_scores_are_those_of_the_original(golden):
     for name in ("test", "ood"):
         # The original subtracted two distances in float32; its rounding is relative to these.
         x = detector.standardize(g[name])
-        size = (detector.inliers.score(x) + known.score(x)).numpy()
+        size = (detector.gaussians[0].score(x) + known.score(x)).numpy()
         error = np.abs(detector.score(g[name], known) - g[f"ssdk_score_{name}"])
         assert (error / size).max() < 1e-6
     measured = detection.metrics(
@@ -223,10 +223,10 @@ def test_scores_do_not_depend_on_the_length_of_features():
 @pytest.mark.parametrize("rows_at_once", [7, 100])
 def test_sums_in_pieces_are_the_sums_at_once(monkeypatch, rows_at_once):
     train, test = rows(250, 10), rows(33, 10, seed=1)
-    expected = SSD.fit(train).score(test), SSDk.fit(train).inliers.whiten
+    expected = SSD.fit(train).score(test), SSDk.fit(train).gaussians[0].whiten
     monkeypatch.setattr(detection, "ROWS", rows_at_once)
     np.testing.assert_allclose(SSD.fit(train).score(test), expected[0], rtol=1e-6)
-    fitted = SSDk.fit(train).inliers.whiten
+    fitted = SSDk.fit(train).gaussians[0].whiten
     torch.testing.assert_close(
         fitted @ fitted.T, expected[1] @ expected[1].T, rtol=1e-6, atol=1e-9
     )
@@ -470,8 +470,8 @@ def test_a_known_distance_to_the_inliers_is_not_measured_again():
     train, test = rows(80, 5), rows(12, 5, seed=1)
     detector = SSDk.fit(train)
     known = detector.know(rows(20, 5, seed=2))
-    expected, inside = detector.score(test, known), detector.distance(test)
-    blind = replace(detector, inliers=None)
+    expected, inside = detector.score(test, known), detector.inlier_score(test)
+    blind = replace(detector, gaussians=None)
     np.testing.assert_array_equal(blind.score(test, known, inside=inside), expected)
 
 
@@ -548,7 +548,7 @@ def test_ssdk_scores_of_features_in_a_file_are_those_in_memory_to_the_last_bit(s
     np.testing.assert_array_equal(
         found.score(stored(test), gaussian), expected.score(test, expected.know(known)))
     np.testing.assert_array_equal(
-        found.score(stored(test), gaussian, inside=found.distance(stored(test))),
+        found.score(stored(test), gaussian, inside=found.inlier_score(stored(test))),
         found.score(test, gaussian))
 
 
@@ -595,7 +595,7 @@ def detect_by_all(x):
     for choice in kept:  # not at once: the scores of so many would be a good part of the bound
         choice.fit(x).score(x)
     detector = SSDk.fit(x)
-    detector.score(x, detector.know(x), inside=detector.distance(x))
+    detector.score(x, detector.know(x), inside=detector.inlier_score(x))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

@@ -263,6 +263,8 @@ def sweep(curves, xlabel, path):
 
     Of several AUROCs of a setting (seeds, say) it shows the mean, and a bar from least to largest.
     """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     figure, (axis,) = _new(1, height=3.8, width=6.8)
     for name, points in curves.items():
         x = sorted({setting for setting, _ in points})
@@ -271,21 +273,11 @@ def sweep(curves, xlabel, path):
         axis.vlines(x, [*map(min, y)], [*map(max, y)], line.get_color(), linewidth=3, alpha=0.4)
     settings = sorted({x for points in curves.values() for x, _ in points})
     scale = "log" if 0 < 10 * settings[0] < settings[-1] else "linear"
-    axis.set(xscale=scale, xticks=_apart(settings, scale), xlabel=xlabel, ylabel="AUROC")
-    axis.set_xticks([], minor=True)
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xscale=scale, xlabel=xlabel, ylabel="AUROC")
+    axis.xaxis.set(major_locator=FixedLocator(settings, nbins=8), major_formatter="{x:g}",
+                   minor_locator=NullLocator())
     _legend(axis)
     _save(figure, path)
-
-
-def _apart(settings, scale):
-    """The settings whose tick labels do not run into each other."""
-    place = np.log(settings) if scale == "log" else np.asarray(settings, dtype=float)
-    kept = [0]
-    for i in range(1, len(settings)):
-        if place[i] - place[kept[-1]] >= (place[-1] - place[0]) / 16:
-            kept.append(i)
-    return [settings[i] for i in kept]
 
 
 def curves_of(records, setting):

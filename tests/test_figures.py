@@ -4,6 +4,7 @@ What a picture looks like, a person has to see; `drawn` hands out the matplotlib
 what its lines and labels say can be asserted.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -236,10 +237,12 @@ def test_a_sweep_is_the_mean_of_each_setting_with_its_spread(drawn):
     assert axis.get_xlabel() == "k, known outliers of each class"
 
 
-def test_tick_labels_of_a_sweep_never_run_into_each_other():
-    assert figures._apart([1, 2, 3, 98, 99, 100], "linear") == [1, 98]
-    assert figures._apart([1, 10, 100], "log") == [1, 10, 100]
-    assert figures._apart([4], "linear") == [4]
+def test_tick_labels_of_a_sweep_are_some_of_its_settings_that_do_not_run_into_each_other(drawn):
+    curve = {"svhn": [(m, 0.5) for m in range(1, 21)]}
+    (axis,) = drawn(figures.sweep, curve, figures.SETTINGS["clusters"]).axes
+    shown = [t.get_window_extent() for t in axis.get_xticklabels()]
+    assert [t.get_text() for t in axis.get_xticklabels()] == [str(m) for m in range(1, 21, 3)]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(shown))
 
 
 def test_curves_are_told_apart_by_what_differs_and_repeats_count_once():

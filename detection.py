@@ -71,16 +71,12 @@ class Standardizer:
         return cls(mean, torch.where(deviation > GUARD, 1 / (deviation + GUARD), 0.0))
 
     def __call__(self, features, name="the features"):
-        """Standardise features [N, D].
+        """Standardise features [N, D] when rows are asked for: LazyRows, float32 [N, D].
 
-        Returns: float32 [N, D], a new tensor on their device; LazyRows of features in a file.
         Raises a FeatureError: not finite or of another width; `name` is in the message.
         """
         features = checked(features, name, width=len(self.mean))
-        if not isinstance(features, torch.Tensor):
-            return LazyRows(features, len(features), lambda rows: self.rows(features[rows]))
-        out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-        return _fill(out, self.rows, features)
+        return LazyRows(features, len(features), lambda rows: self.rows(features[rows]))
 
     def rows(self, rows):
         """Standardise some rows [n, D], not checked: float32 [n, D] on the device that computes."""

@@ -68,7 +68,7 @@ def test_a_row_of_zeros_has_a_score(score):
 def test_a_coordinate_counts_however_little_it_varies(deviation):
     column = deviation * np.random.default_rng(4).normal(size=(90, 1))
     train = np.hstack([TRAIN, column])
-    out = Standardizer.fit(train)(train)[:, -1]
+    out = Standardizer.fit(train)(train)[:][:, -1]
     small = column[:, 0] / np.linalg.norm(train, axis=1)
     np.testing.assert_allclose(
         out, (small - small.mean()) / (small.std() + 1e-10), rtol=1e-4, atol=1e-6)

@@ -58,22 +58,21 @@ def default_batch_size(device):
 # --- computing ------------------------------------------------------------------------------------
 
 
-def extract(network, images, settings, shared=False):
+def extract(network, images, settings):
     """Compute the features of every image of a set, or of augmented copies of each.
 
     Args: network: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it
-        was. images: data.ImageSet of N images. settings: FeatureSettings. shared: whether all
-        processes call this, with the same arguments, and share the work.
-    Returns: float32 [N, D] on the CPU; [copies * N, D], copy after copy of the whole set. With
-        `shared` the main process has it and the others None.
+        was. images: data.ImageSet of N images. settings: FeatureSettings.
+    Returns: float32 [N, D] on the CPU; [copies * N, D], copy after copy of the whole set. Several
+        processes share the work, called with the same: the main one has it, the others None.
     """
-    return _concatenate(_feature_batches(network, images, settings, shared), settings.rows(images))
+    return _concatenate(_feature_batches(network, images, settings), settings.rows(images))
 
 
 def get_features(network, images, settings, cache=None):
     """Return the features of a set from a cache if they are there; compute and keep them else.
 
-    Args: as of a shared `extract`; cache: FeatureCache or FeatureStore of this network, or None.
+    Args: as of `extract`; cache: FeatureCache or FeatureStore of this network, or None.
     Returns: bit for bit what `extract` returns; of a FeatureStore a DiskFeatures of it.
     """
     main = distributed.is_main_process()
@@ -81,15 +80,15 @@ def get_features(network, images, settings, cache=None):
     if distributed.broadcast_object(found is not None):
         utils.note(f"features of {images.name}: from the cache")
         return found
-    batches = _feature_batches(network, images, settings, distributed.world_size() > 1)
+    batches = _feature_batches(network, images, settings)
     if cache and main:
         return cache.keep(batches, images, settings)
     return _concatenate(batches, settings.rows(images))
 
 
-def _feature_batches(network, images, settings, shared):
+def _feature_batches(network, images, settings):
     """Yield the features of `extract` in order, some rows at a time: float32 [n, D]."""
-    one_pass = _shared_pass if shared else _pass
+    one_pass = _shared_pass if distributed.world_size() > 1 else _pass
     if settings.copies is None:
         yield from one_pass(network, images, settings)
         return

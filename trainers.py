@@ -438,7 +438,7 @@ def monitor(network, images, mode, settings):
     if (counts > 0).sum() < 2 or (mode.contrastive and counts.max() < 2):
         return None
     distributed.broadcast_buffers(network)  # all measure the main process's batch norm
-    outputs = features.extract(network, images, settings, shared=True)
+    outputs = features.extract(network, images, settings)
     accuracy = None
     if distributed.is_main_process():
         device = next(network.parameters()).device

@@ -140,7 +140,7 @@ CASES += [replace(SETTINGS, copies=2), replace(SETTINGS, batch_size=100)]
 
 def share_everything(folder):
     network = Tiny().train()
-    found = [features.extract(network, tiny_images(18), case, shared=True) for case in CASES]
+    found = [features.extract(network, tiny_images(18), case) for case in CASES]
     assert network.training
     passes = distributed.all_gather_object(network.passes)
     main = distributed.is_main_process()

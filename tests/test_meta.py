@@ -58,7 +58,7 @@ def test_no_batch_of_an_extraction_reads_a_value_or_leaves_the_device(images, mo
     with META:
         network = models.build_model("resnet18", "projection")
     settings = features.FeatureSettings(8, 5, MEAN, STD, mode=mode)
-    batches = list(features._feature_batches(network.encoder, images, settings, shared=False))
+    batches = list(features._feature_batches(network.encoder, images, settings))
     assert [(b.device, b.shape) for b in batches] == [
         (META, (5, 512)), (META, (5, 512)), (META, (2, 512))]
 

@@ -1,7 +1,8 @@
 """Random augmentation and normalisation of whole batches, on whatever device the images are.
 
-    params = sample_ssl(len(pixels), height, width, generator)  # what is random, on the CPU
-    x = apply_ssl(pixels, params, size=32, mean=MEAN, std=STD)  # the rest, on the device
+    # what is random, on the CPU, and the rest, on the device
+    params = sample_views("ssl", 1, len(pixels), slice(None), height, width, generator)
+    x = apply_ssl(pixels, params, size=32, mean=MEAN, std=STD)
 
 Every image has its own parameters, as if torchvision's transforms had been called on each. They
 are sampled first, so that torchvision's functional operations (in the tests), another device or
@@ -43,16 +44,6 @@ class OrgParams(NamedTuple):
 
     shift: torch.Tensor  # int64 [B, 2]: top and left of the crop in the padded image, 0..8
     flip: torch.Tensor  # bool [B]
-
-
-def sample_ssl(n, height, width, generator):
-    """Sample the parameters of RandomResizedCrop, flip, ColorJitter and grayscale of n images.
-
-    Args: height, width: of every image, in pixels. generator: torch.Generator on the CPU.
-    Returns: SSLParams, distributed as torchvision's get_params (ten tries of the crop included).
-    """
-    u = uniform_ssl(n, generator)
-    return ssl_params(u, ssl_boxes(u, height, width))
 
 
 def uniform_ssl(n, generator):
@@ -100,23 +91,21 @@ def ssl_boxes(u, height, width):
     return torch.cat([top, left, h, w], dim=1)
 
 
-def sample_org(n, generator):
-    """Sample the OrgParams of n images, RandomCrop with padding 4 and flip; as sample_ssl."""
-    u = torch.rand(n, 3, generator=generator, dtype=torch.float64)
-    return OrgParams(shift=(u[:, :2] * (2 * PADDING + 1)).long(), flip=u[:, 2] < FLIP)
-
-
 def sample_views(augmentation, views, batch, rows, height, width, generator):
     """Sample the parameters of the views of some rows of a batch, whichever process makes them.
 
-    Args: augmentation: "ssl" or "org". views: of each image. batch: number of images. rows: slice
-        of them, b images. height, width, generator: as for sample_ssl.
+    They are distributed as by torchvision's RandomResizedCrop (ten tries of the crop included),
+    flip, ColorJitter and grayscale ("ssl"), or RandomCrop with padding 4 and flip ("org").
+
+    Args: views: of each image. batch: number of images. rows: slice of them, b images.
+        height, width: of every image, in pixels. generator: torch.Generator on the CPU.
     Returns: SSLParams or OrgParams of views * b images, view after view.
     """
     # Sampled for the whole batch: the parameters of an image are the same in every process.
     index = torch.arange(views * batch).view(views, batch)[:, rows].flatten()
     if augmentation == "org":
-        return subset(sample_org(views * batch, generator), index)
+        u = torch.rand(views * batch, 3, generator=generator, dtype=torch.float64)[index]
+        return OrgParams(shift=(u[:, :2] * (2 * PADDING + 1)).long(), flip=u[:, 2] < FLIP)
     u = uniform_ssl(views * batch, generator)[index]  # the rest is a function of its row of u
     return ssl_params(u, ssl_boxes(u, height, width))
 

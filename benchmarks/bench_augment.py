@@ -63,7 +63,8 @@ def whole(pixels, size, apply=augment.apply_ssl):
     generator = torch.Generator().manual_seed(0)
 
     def call():
-        params = augment.sample_ssl(len(pixels), *pixels.shape[2:], generator)
+        params = augment.sample_views(
+            "ssl", 1, len(pixels), slice(None), *pixels.shape[2:], generator)
         return apply(pixels, augment.to(params, pixels.device), size, mean, std)
 
     return call
@@ -87,7 +88,8 @@ def on_cpu(pixels, size, repeats, warmup):
                                 clock=time.process_time)
     # The parts of ours are timed on as many images as the whole works on at a time.
     few = pixels[: max(1, augment.CHUNK // size**2)]
-    params = augment.sample_ssl(len(few), *few.shape[2:], torch.Generator().manual_seed(0))
+    params = augment.sample_views("ssl", 1, len(few), slice(None), *few.shape[2:],
+                                  torch.Generator().manual_seed(0))
     parts = {"plain": views_per_s(measure(chained(plain, images)), len(images)),
              "ours": views_per_s(measure(chained(our_parts(params, size), few)), len(few))}
     seconds = measure({

@@ -89,7 +89,8 @@ def part_training(arch, size, steps):
 def part_draws(views, repeats):
     """Seconds to sample the parameters of some views; of it for the uniform numbers alone."""
     generator = torch.Generator().manual_seed(0)
-    turns = {"seconds": lambda: augment.sample_ssl(views, 32, 32, generator),
+    turns = {"seconds": lambda: augment.sample_views("ssl", 1, views, slice(None), 32, 32,
+                                                     generator),
              "seconds_of_uniform": lambda: augment.uniform_ssl(views, generator)}
     return {"views": views} | common.medians(common.interleaved(turns, repeats, 2, "cpu"))
 

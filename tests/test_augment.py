@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as F
 from scipy.stats import chi2_contingency, chisquare, ks_2samp
+from tiny import sample_org, sample_ssl
 from torchvision import transforms
 
 import augment
@@ -163,7 +164,7 @@ ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 def test_colour_jitter_takes_each_image_through_its_own_one_of_the_24_orders():
     x = random_images(24, 8, 8)
-    factor = augment.sample_ssl(24, 8, 8, generator(5)).factor
+    factor = sample_ssl(24, 8, 8, generator(5)).factor
     expected = torch.stack([jittered(*case) for case in zip(x, ORDERS, factor, strict=True)])
     every = torch.ones(24, dtype=torch.bool)
     close(augment.color_jitter(x.clone(), every, ORDERS, factor), expected)
@@ -172,7 +173,7 @@ def test_colour_jitter_takes_each_image_through_its_own_one_of_the_24_orders():
 def test_colour_jitter_hands_images_without_jitter_back_bit_by_bit():
     x = random_images(24, 8, 8)
     chosen = torch.arange(24) % 3 != 0
-    factor = augment.sample_ssl(24, 8, 8, generator(6)).factor
+    factor = sample_ssl(24, 8, 8, generator(6)).factor
     found = augment.color_jitter(x.clone(), chosen, ORDERS, factor)
     assert torch.equal(found[~chosen], x[~chosen])
     cases = zip(x[chosen], ORDERS[chosen], factor[chosen], strict=True)
@@ -205,7 +206,7 @@ def boxes(kind, height, width, n=12):
     if kind == "whole":
         return torch.tensor([[0, 0, height, width]])
     if kind == "drawn":
-        return augment.sample_ssl(n, height, width, g).box
+        return sample_ssl(n, height, width, g).box
     tallest, widest = (1, 1) if kind == "pixel" else (height, width)
     h = torch.randint(1, tallest + 1, (n,), generator=g)
     w = torch.randint(1, widest + 1, (n,), generator=g)
@@ -306,7 +307,7 @@ def test_the_ssl_augmentation_of_a_batch_is_torchvisions_image_by_image(height, 
     n = 32
     pixels = random_bytes(n, height, width)
     x = pixels.float() / 255
-    params = augment.sample_ssl(n, height, width, generator(7))
+    params = sample_ssl(n, height, width, generator(7))
     assert len(torch.stack([params.flip, params.jitter, params.gray]).unique(dim=1)[0]) >= 6
     given = pixels if dtype == torch.uint8 else x.to(dtype)
     found = augment.apply_ssl(given, params, size, MEAN, STD)
@@ -317,14 +318,14 @@ def test_the_ssl_augmentation_of_a_batch_is_torchvisions_image_by_image(height, 
 
 def test_the_ssl_augmentation_without_constants_stays_on_the_unit_scale():
     x = random_images(16, 32, 32)
-    params = augment.sample_ssl(16, 32, 32, generator(8))
+    params = sample_ssl(16, 32, 32, generator(8))
     expected = torch.stack([reference_ssl(x[i], params, i, 32) for i in range(16)])
     close(augment.apply_ssl(x, params, 32), expected)
 
 
 def test_the_images_of_a_batch_do_not_touch_each_other():
     pixels = random_bytes(12, 32, 32)
-    params = augment.sample_ssl(12, 32, 32, generator(9))
+    params = sample_ssl(12, 32, 32, generator(9))
     whole = augment.apply_ssl(pixels, params, 32, MEAN, STD)
     part = torch.tensor([7, 2, 11])
     theirs = augment.SSLParams(*(d[part] for d in params))
@@ -354,7 +355,7 @@ def test_the_org_augmentation_is_a_padded_shifted_crop_and_flip_exactly(dtype):
 @pytest.mark.parametrize("source", [96, 8])
 def test_the_org_augmentation_resizes_first_and_pads_the_result(source):
     pixels = random_bytes(24, source, source)
-    params = augment.sample_org(24, generator(10))
+    params = sample_org(24, generator(10))
     expected = reference_org(F.resize(pixels.float() / 255, [32], antialias=True), params, 32)
     found = augment.apply_org(pixels, params, 32, MEAN, STD)
     close(found, F.normalize(expected, MEAN, STD))
@@ -372,7 +373,7 @@ def test_what_evaluation_sees_is_resized_and_normalised_and_nothing_else(source,
 def test_colours_after_crops_are_the_ssl_augmentation_bit_by_bit(dtype):
     pixels = random_bytes(24, 16, 16)
     pixels = pixels if dtype == torch.uint8 else pixels.float() / 255
-    params = augment.sample_ssl(24, 16, 16, generator(23))
+    params = sample_ssl(24, 16, 16, generator(23))
     uncropped = params._replace(
         box=torch.tensor([[0, 0, 16, 16]]).expand(24, -1), flip=torch.zeros(24, dtype=torch.bool)
     )
@@ -385,9 +386,9 @@ def test_colours_after_crops_are_the_ssl_augmentation_bit_by_bit(dtype):
 
 CHAINS = {
     "ssl": lambda x, n: augment.apply_ssl(
-        x, augment.sample_ssl(n, *x.shape[2:], generator(11)), 16, MEAN, STD
+        x, sample_ssl(n, *x.shape[2:], generator(11)), 16, MEAN, STD
     ),
-    "org": lambda x, n: augment.apply_org(x, augment.sample_org(n, generator(11)), 16, MEAN, STD),
+    "org": lambda x, n: augment.apply_org(x, sample_org(n, generator(11)), 16, MEAN, STD),
     "base": lambda x, n: augment.apply_base(x, 16, MEAN, STD),
 }
 
@@ -445,8 +446,8 @@ def given(chain, n, source, device):
     if chain == "base":
         return lambda x: augment.apply_base(x, 16, mean, std)
     params = {
-        "ssl": lambda: augment.sample_ssl(n, source, source, generator(11)),
-        "org": lambda: augment.sample_org(n, generator(11)),
+        "ssl": lambda: sample_ssl(n, source, source, generator(11)),
+        "org": lambda: sample_org(n, generator(11)),
     }[chain]()
     params = augment.to(params, device)
     apply = {"ssl": augment.apply_ssl, "org": augment.apply_org}[chain]
@@ -469,7 +470,7 @@ def test_no_shape_and_no_step_depends_on_a_value_so_no_device_is_waited_for(chai
 )
 def test_the_ssl_augmentation_compiles_to_one_graph_of_the_same_values(backend, device):
     pixels = random_bytes(16, 16, 16)
-    params = augment.sample_ssl(16, 16, 16, generator(11))
+    params = sample_ssl(16, 16, 16, generator(11))
     expected = augment.apply_ssl(pixels, params, 16, MEAN, STD)
     compiled = torch.compile(augment.apply_ssl, fullgraph=True, dynamic=False, backend=backend)
     params = augment.to(params, device)
@@ -494,7 +495,7 @@ def test_the_8_bit_pil_chain_of_the_original_differs_by_rounding_alone(
 ):
     n = 64
     pixels = smooth_bytes(n, source)
-    params = augment.sample_ssl(n, source, source, generator(12))
+    params = sample_ssl(n, source, source, generator(12))
     if part == "crops and flips":
         never = torch.zeros(n, dtype=torch.bool)
         params = params._replace(jitter=never, gray=never)
@@ -525,7 +526,7 @@ STATISTICS = {  # of a crop; columns top, left, height, width
 
 @functools.cache
 def sampled(shape=(32, 32)):
-    return augment.sample_ssl(SAMPLES, *shape, generator(13))
+    return sample_ssl(SAMPLES, *shape, generator(13))
 
 
 def seeded(draw, n=SAMPLES):
@@ -627,7 +628,7 @@ def test_what_is_sampled_for_an_image_is_independent():
 
 
 def test_org_shifts_are_uniform_over_81_places_as_torchvisions_are():
-    shift = augment.sample_org(SAMPLES, generator(15)).shift.numpy()
+    shift = sample_org(SAMPLES, generator(15)).shift.numpy()
     padded = torch.empty(3, 40, 40)
     theirs = np.array(seeded(lambda: transforms.RandomCrop.get_params(padded, (32, 32))[:2]))
     counts = np.bincount(9 * shift[:, 0] + shift[:, 1], minlength=81)
@@ -638,13 +639,13 @@ def test_org_shifts_are_uniform_over_81_places_as_torchvisions_are():
 
 
 def test_org_flips_half_of_the_images():
-    yes = augment.sample_org(SAMPLES, generator(16)).flip.sum().item()
+    yes = sample_org(SAMPLES, generator(16)).flip.sum().item()
     assert chisquare([yes, SAMPLES - yes]).pvalue > P_MIN
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 1), (5, 17), (17, 5), (2, 3)])
 def test_no_crop_leaves_its_image(shape):
-    top, left, height, width = augment.sample_ssl(5_000, *shape, generator(17)).box.unbind(dim=1)
+    top, left, height, width = sample_ssl(5_000, *shape, generator(17)).box.unbind(dim=1)
     assert min(top.min(), left.min()) >= 0
     assert min(height.min(), width.min()) >= 1
     assert (top + height).max() <= shape[0]
@@ -653,17 +654,17 @@ def test_no_crop_leaves_its_image(shape):
 
 def test_the_parameters_of_a_seed_stay_what_they_were():
     # Runs that were begun before go on with them.
-    params = augment.sample_ssl(3, 40, 28, generator(3))
+    params = sample_ssl(3, 40, 28, generator(3))
     assert params.box.tolist() == [[15, 11, 17, 15], [2, 0, 26, 23], [6, 1, 27, 26]]
     assert params.order.tolist() == [[1, 2, 0, 3], [0, 3, 2, 1], [1, 0, 3, 2]]
     assert params.factor[1].tolist() == pytest.approx([0.7805, 0.7499, 0.8913, -0.0657], abs=5e-5)
-    assert augment.sample_org(3, generator(3)).shift.tolist() == [[0, 2], [1, 6], [1, 3]]
+    assert sample_org(3, generator(3)).shift.tolist() == [[0, 2], [1, 6], [1, 3]]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]} x {s[1]}")
 def test_an_image_of_any_size_has_the_parameters_of_its_row_of_numbers(shape):
     u = augment.uniform_ssl(20, generator(24))
-    whole = augment.sample_ssl(20, *shape, generator(24))
+    whole = sample_ssl(20, *shape, generator(24))
     for i in range(20):
         row = u[i : i + 1]
         alone = augment.ssl_params(row, augment.ssl_boxes(row, *shape))
@@ -671,8 +672,8 @@ def test_an_image_of_any_size_has_the_parameters_of_its_row_of_numbers(shape):
 
 
 SAMPLERS = {
-    "ssl": lambda g: augment.sample_ssl(64, 32, 32, g),
-    "org": lambda g: augment.sample_org(64, g),
+    "ssl": lambda g: sample_ssl(64, 32, 32, g),
+    "org": lambda g: sample_org(64, g),
 }
 
 
@@ -727,7 +728,7 @@ def test_a_gpu_is_not_waited_for(chain, source):
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = augmented(pixels)
-        moved = augment.to(augment.sample_org(64, generator(11)), "cuda")
+        moved = augment.to(sample_org(64, generator(11)), "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found, expected)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny import sample_ssl
 
 import augment
 import data
@@ -63,7 +64,7 @@ def test_copies_are_augmented_from_the_resized_images_one_after_the_other():
     x = images.pixels.float() / 255  # 8 pixels already
     mean, std = (torch.tensor(v) for v in (SETTINGS.mean, SETTINGS.std))
     draws = (utils.generator(0, "ssl", "npz", copy) for copy in range(3))
-    copies = (augment.apply_ssl(x, augment.sample_ssl(10, 8, 8, g), 8, mean, std) for g in draws)
+    copies = (augment.apply_ssl(x, sample_ssl(10, 8, 8, g), 8, mean, std) for g in draws)
     expected = torch.cat([network(copy).detach() for copy in copies])
     found = features.extract(network, images, replace(SETTINGS, copies=3))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image, ImageOps
+from tiny import sample_org, sample_ssl
 
 import augment
 import data
@@ -171,7 +172,7 @@ def test_crops_of_squares_differ_from_those_in_memory_by_rounding_alone(tmp_path
     files = data.load("folder", "train", workers=1, **where).pixels
     (pixels, params), = batches(files, batch_size=24)
     order = data.epoch_order(24, SEED, EPOCH)
-    theirs = augment.sample_ssl(48, 40, 40, utils.generator(SEED, "augment", EPOCH, 0))
+    theirs = sample_ssl(48, 40, 40, utils.generator(SEED, "augment", EPOCH, 0))
     assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
     repeated = resident[order].repeat(2, 1, 1, 1)
     in_memory = augment.resized_crop(repeated, params.box, params.flip, SIZE)
@@ -187,7 +188,7 @@ def test_squares_for_shifts_and_flips_are_those_of_evaluation(tmp_path):
     order = data.epoch_order(len(SHAPES), SEED, EPOCH).split(3)
     for step, ((pixels, params), index) in enumerate(zip(found, order, strict=True)):
         assert torch.equal(pixels, files[index].load())
-        theirs = augment.sample_org(len(index), utils.generator(SEED, "augment", EPOCH, step))
+        theirs = sample_org(len(index), utils.generator(SEED, "augment", EPOCH, step))
         assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.covariance import ledoit_wolf
-from tiny import draws, tiny_network, write_images
+from tiny import draws, sample_ssl, tiny_network, write_images
 
 import augment
 
@@ -169,7 +169,7 @@ def test_ssdk_is_the_method_written_out(call, home, tmp_path, k):
     rest = np.setdiff1d(np.arange(len(images.odd)), known)
     made = []
     for copy in range(copies):
-        params = augment.sample_ssl(len(known), 8, 8, draws(SEED, "ssl", "npz", copy))
+        params = sample_ssl(len(known), 8, 8, draws(SEED, "ssl", "npz", copy))
         made.append(images.features(augment.apply_ssl(images.odd[known], params, 8)))
 
     train = images.features(images.train)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.model_selection import cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
-from tiny import draws, tiny_network, write_images
+from tiny import draws, sample_org, sample_ssl, tiny_network, write_images
 
 import augment
 
@@ -41,9 +41,9 @@ def views_of(pixels, mode, epoch, step):
     """The views of a batch, normalised: 2 of each image, view after view; 1 for SupCE."""
     generator = draws(SEED, "augment", epoch, step)
     if mode == "SupCE":
-        x = augment.apply_org(pixels, augment.sample_org(len(pixels), generator), 8)
+        x = augment.apply_org(pixels, sample_org(len(pixels), generator), 8)
     else:
-        params = augment.sample_ssl(2 * len(pixels), 8, 8, generator)
+        params = sample_ssl(2 * len(pixels), 8, 8, generator)
         x = augment.apply_ssl(torch.cat([pixels, pixels]), params, 8)
     return (x - per_channel(MEAN)) / per_channel(STD)
 

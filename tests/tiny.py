@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import augment
 import models
 
 
@@ -35,6 +36,15 @@ def draws(seed, *key):
         words += list(part.encode()) if isinstance(part, str) else [part]
     (state,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def sample_ssl(n, height, width, generator):
+    """The parameters of one view of n images each."""
+    return augment.sample_views("ssl", 1, n, slice(None), height, width, generator)
+
+
+def sample_org(n, generator):
+    return augment.sample_views("org", 1, n, slice(None), 8, 8, generator)
 
 
 def tiny_network(head, classes, seed=0):

@@ -27,7 +27,7 @@ SETTINGS = {"clusters": "m, clusters of the training features",
 # What tells curves of one outlier set apart, beside the seed, in the order of a label
 KINDS = ("in", "score", "training_mode", "arch", "in_classes", "copies", "data_mode", "size",
          "normalize")
-# What the records to plot must hold
+# What the records that are plotted hold
 EPOCH = {"epoch": int, "loss": int | float, "monitor": int | float | None, "monitor_name": str,
          "lr": int | float}
 EVALUATION = {"ood": str, "auroc": int | float, **dict.fromkeys(SETTINGS, int | None)}
@@ -86,7 +86,7 @@ def training_curves(records, path):
     """
     epochs, resumed = _valid_epochs(records)
     if not epochs:
-        raise UserError(f"{path}: the log holds no finished epoch to plot")
+        raise UserError(f"{path}: no log.jsonl beside it that holds a finished epoch")
     x = sorted(epochs)
     signs = ["shaded: warm-up"] * (x[0] < 1) + ["dotted: resumed"] * bool(resumed)
     figure, axes = _new(3)
@@ -116,7 +116,7 @@ def _valid_epochs(records):
     epochs, resumed, restarted = {}, [], False
     for record in records:
         restarted = restarted or record.get("event") in ("start", "resume")
-        if record.get("event") == "epoch":
+        if record.get("event") == "epoch" and _holds(record, EPOCH):
             here = record["epoch"] + 1
             kept = {e: r for e, r in epochs.items() if e < here}
             resumed = [place for place in resumed if place < here - 0.5]
@@ -295,27 +295,15 @@ def curves_of(records, setting):
     return curves
 
 
-def _read(path, fields, event=None):
-    """The records of a file of JSON lines. All, or those of one event, must hold {name: type}."""
-    records = []
-    try:
-        for line in Path(path).read_bytes().splitlines():
-            if not isinstance(record := json.loads(line), dict):
-                raise ValueError(f"expected an object, found {record!r:.40}")
-            for key, kind in fields.items() if event in (None, record.get("event")) else ():
-                if not isinstance(found := record.get(key), kind):
-                    raise ValueError(f"{key} = {found!r:.40}")
-            records.append(record)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}, line {len(records) + 1} is no record to plot: {error}") from None
-    return records
+def _holds(record, fields):
+    """Whether a record has the fields {name: type}."""
+    return all(isinstance(record.get(key), kind) for key, kind in fields.items())
 
 
 def plot_sweep(files):
     """Plot AUROC against the setting that varies in records of evaluations; return the path."""
-    records = [record for path in files for record in _read(path, EVALUATION)]
+    records = [record for path in files for record in storage.read_records(path)
+               if _holds(record, EVALUATION)]
     settings = {next((s for s in ("k", *SETTINGS) if r.get(s) is not None), "none")
                 for r in records}
     if len(settings) != 1 or "none" in settings:
@@ -335,7 +323,7 @@ def main(argv=None):
             print(plot_sweep(files))
         case [run] if run != "sweep":
             path = Path(run) / "training.png"
-            training_curves(_read(path.with_name("log.jsonl"), EPOCH, "epoch"), path)
+            training_curves(storage.read_records(path.with_name("log.jsonl")), path)
             print(path)
         case _:
             raise UserError(USAGE)

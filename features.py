@@ -2,7 +2,7 @@
 
     settings = FeatureSettings(size=32, batch_size=256, mean=MEAN, std=STD)
     x = extract(network.encoder, images, settings)                              # float32 [N, D]
-    x = get_features(network.encoder, images, settings, FeatureCache("cache", network.encoder))
+    x = extract(network.encoder, images, settings, FeatureCache("cache", network.encoder))
 
 Besides the result only two batches are held; with a FeatureStore for a cache the result is in a
 file. Of several processes each computes every n-th batch, so that batches, and with them the last
@@ -58,22 +58,15 @@ def default_batch_size(device):
 # --- computing ------------------------------------------------------------------------------------
 
 
-def extract(network, images, settings):
+def extract(network, images, settings, cache=None):
     """Compute the features of every image of a set, or of augmented copies of each.
 
     Args: network: a module, [B, 3, S, S] -> [B, D]; used in evaluation mode, left in the mode it
-        was. images: data.ImageSet of N images. settings: FeatureSettings.
-    Returns: float32 [N, D] on the CPU; [copies * N, D], copy after copy of the whole set. Several
-        processes share the work, called with the same: the main one has it, the others None.
-    """
-    return _concatenate(_feature_batches(network, images, settings), settings.rows(images))
-
-
-def get_features(network, images, settings, cache=None):
-    """Return the features of a set from a cache if they are there; compute and keep them else.
-
-    Args: as of `extract`; cache: FeatureCache or FeatureStore of this network, or None.
-    Returns: bit for bit what `extract` returns; of a FeatureStore a DiskFeatures of it.
+        was. images: data.ImageSet of N images. settings: FeatureSettings. cache: FeatureCache or
+        FeatureStore of this network: if the features are there they are read, else kept.
+    Returns: float32 [N, D] on the CPU, of a FeatureStore a DiskFeatures; [copies * N, D], copy
+        after copy of the whole set. Several processes share the work, called with the same: the
+        main one, whose cache it is, has it, the others None.
     """
     main = distributed.is_main_process()
     found = cache.read(images, settings) if cache and main else None

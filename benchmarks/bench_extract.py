@@ -53,7 +53,7 @@ def measure(arch, n, repeats, device, clock, workers):
 
     def cached():
         cache = features.FeatureCache(folder, network)
-        found["x"] = features.get_features(network, images, settings, cache)
+        found["x"] = features.extract(network, images, settings, cache)
 
     ways = {
         "plain": lambda: found.update(plain=plain(network, images.pixels, workers)),

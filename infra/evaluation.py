@@ -323,7 +323,7 @@ class NetworkSource:
         Raises: UserError, they are not finite: the network overflows.
         """
         settings = replace(self.settings, mode=mode, copies=copies)
-        x = features.get_features(self.trained.encoder, images, settings, self.cache)
+        x = features.extract(self.trained.encoder, images, settings, self.cache)
         if not distributed.is_main_process():
             return None
         try:

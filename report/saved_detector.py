@@ -51,8 +51,7 @@ class Encoder(NamedTuple):
             "", paths, self.settings.size, THREADS, upright=True,
             interpolation=self.settings.interpolation, failed=failed)
         images = data.ImageSet(name, pixels, torch.zeros(len(paths), dtype=torch.int64))
-        x = features.get_features(self.network, images, self.settings,
-                                  FeatureStore(work, self.network))
+        x = features.extract(self.network, images, self.settings, FeatureStore(work, self.network))
         read = [i for i, path in enumerate(paths) if path not in failed]
         rows = detection.select(x, torch.tensor(read, dtype=torch.int64))
         return [paths[i] for i in read], rows, failed

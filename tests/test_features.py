@@ -154,7 +154,7 @@ def share_everything(folder):
     network, sets = Tiny(), [tiny_images(seed=s) for s in (1, 0, 1)]
     features.check_same_inputs(network, sets)
     cache = FeatureStore(folder / "cache", network) if main else None
-    found = [features.get_features(network, images, SETTINGS, cache) for images in sets]
+    found = [features.extract(network, images, SETTINGS, cache) for images in sets]
     passes = distributed.all_gather_object(network.passes)
     if main:
         torch.save(([x[:] for x in found], passes), folder / "stored")
@@ -194,12 +194,12 @@ def test_processes_share_the_work_and_features_are_those_of_one_to_the_last_bit(
 def test_the_second_time_features_come_from_the_cache_without_a_pass(tmp_path, capsys, copies):
     images, settings = tiny_images(), replace(SETTINGS, copies=copies)
     first, second = Tiny(), Tiny()
-    found = [features.get_features(network, images, settings, FeatureCache(tmp_path, network))
+    found = [features.extract(network, images, settings, FeatureCache(tmp_path, network))
              for network in (first, second)]
     assert first.passes == 3 * (copies or 1)
     assert second.passes == 0
     assert torch.equal(*found)
-    assert torch.equal(found[0], features.get_features(Tiny(), images, settings))
+    assert torch.equal(found[0], features.extract(Tiny(), images, settings))
     assert notes(capsys) == ["features of npz:here/tiny.npz: from the cache"]
 
 
@@ -323,7 +323,7 @@ def test_a_damaged_or_foreign_file_is_reported_computed_again_and_replaced(
     cache = kind(tmp_path, network)
 
     def get_features(images):
-        return features.get_features(network, images, SETTINGS, cache)[:]
+        return features.extract(network, images, SETTINGS, cache)[:]
 
     expected = get_features(images)
     (path,) = tmp_path.rglob("*.npy")
@@ -346,7 +346,7 @@ def test_a_damaged_or_foreign_file_is_reported_computed_again_and_replaced(
 def test_features_without_the_file_that_says_of_what_they_are_are_not_used(tmp_path):
     network, images = Tiny(), tiny_images()
     for passes in (3, 6):
-        features.get_features(network, images, SETTINGS, FeatureCache(tmp_path, network))
+        features.extract(network, images, SETTINGS, FeatureCache(tmp_path, network))
         assert network.passes == passes
         next(tmp_path.rglob("*.json")).unlink()
 
@@ -356,7 +356,7 @@ def test_a_place_that_cannot_be_written_to_costs_one_note(tmp_path, capsys):
     network = Tiny()
     cache = FeatureCache(tmp_path / "file/cache", network)
     for seed in (0, 1):
-        x = features.get_features(network, tiny_images(seed=seed), SETTINGS, cache)
+        x = features.extract(network, tiny_images(seed=seed), SETTINGS, cache)
         assert x.shape == (10, 5)
     (said,) = notes(capsys)
     assert said.startswith("--cache-dir: ")
@@ -382,7 +382,7 @@ def test_a_full_disk_costs_one_note_and_leaves_no_file(tmp_path, capsys):
     network, images = Tiny(), tiny_images(500)
     cache = FeatureCache(tmp_path, network)
     with full_disk():
-        x = features.get_features(network, images, SETTINGS, cache)
+        x = features.extract(network, images, SETTINGS, cache)
     assert torch.equal(x, features.extract(network, images, SETTINGS))
     (said,) = notes(capsys)
     assert "File too large" in said
@@ -395,8 +395,8 @@ def test_a_full_disk_costs_one_note_and_leaves_no_file(tmp_path, capsys):
 def store_features(folder, images=None, network=None, **settings):
     """DiskFeatures of images, from a store."""
     network = network or Tiny()
-    return features.get_features(network, images or tiny_images(), replace(SETTINGS, **settings),
-                                 FeatureStore(folder, network))
+    return features.extract(network, images or tiny_images(), replace(SETTINGS, **settings),
+                            FeatureStore(folder, network))
 
 
 @pytest.mark.parametrize("copies", [None, 3])
@@ -437,7 +437,7 @@ def test_a_file_of_the_store_is_numpys_with_a_json_that_says_of_what(tmp_path):
                          ids=str)
 def test_a_store_and_a_cache_read_each_others_files(tmp_path, kinds):
     network = Tiny()
-    found = [features.get_features(network, tiny_images(), SETTINGS, kind(tmp_path, network))[:]
+    found = [features.extract(network, tiny_images(), SETTINGS, kind(tmp_path, network))[:]
              for kind in kinds]
     assert torch.equal(*found)
     assert network.passes == 3

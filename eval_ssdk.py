@@ -25,8 +25,8 @@ def parser():
     add("--k", type=number(int, 1), default=1,
         help="known outliers of each class of an outlier set")
     add("--copies", type=number(int, 1), default=10, help="augmented copies of each known outlier")
-    add("--clusters", type=number(int, 1), default=1, metavar="M",
-        help="must be 1: SSDk has a single cluster, as in the original")
+    add("--clusters", type=int, choices=[1], default=1,
+        help="SSDk has a single cluster, as in the original")
     return p
 
 
@@ -43,8 +43,6 @@ def split_known(ood, k, seed):
 def main(argv=None):
     args = utils.parse_args(parser(), argv)
     distributed.start()
-    if args.clusters != 1:
-        raise UserError(f"--clusters {args.clusters}: SSDk is for one cluster only")
     if args.gpu is not None:
         utils.note("--gpu does nothing")
 

@@ -623,7 +623,7 @@ def test_an_evaluation_that_makes_no_sense_is_refused(flags, words, evaluate, tr
     ("flags", "words"),
     [("--k 0", ["--k", "0", "at least 1"]),
      ("--copies 0", ["--copies", "0", "at least 1"]),
-     ("--clusters 2", ["--clusters 2", "one cluster"]),
+     ("--clusters 2", ["--clusters", "invalid choice: 2"]),
      ("--k 12", ["--k 12", "whole class", "class 0 has 12 images"])],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -167,11 +167,8 @@ def _settings(arrays):
     version = arrays.pop("format", np.int64(FORMAT))
     if version.shape != () or version.dtype.kind not in "iu" or version != FORMAT:
         raise UserError(f"its format is {version!s:.20}, not {FORMAT}")
-    array = arrays.pop("settings", np.array("{}"))
     try:
-        if array.dtype.kind != "U" or array.shape != ():
-            raise ValueError(f"{array.dtype} {list(array.shape)}")
-        settings = json.loads(str(array))
+        settings = json.loads(str(arrays.pop("settings", "{}")))
         # Names and classes go to files and streams, which take no surrogates but those of paths.
         json.dumps(settings, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except (ValueError, RecursionError) as error:

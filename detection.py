@@ -55,11 +55,9 @@ class Standardizer:
         Args: device: that computes, here and later; None is the features'.
         Raises a FeatureError: not two-dimensional, empty, not finite, or without a direction.
         """
-        train = _shaped(train, "the training features")
+        train = checked(train, "the training features")
         device = train.device if device is None else torch.device(device)
         mean = sum(_unit(rows, device).sum(dim=0) for rows in _chunks(train)) / len(train)
-        if not mean.isfinite().all():
-            checked(train, "the training features")  # says in how many rows
         square = sum(_unit(x, device).sub_(mean).square_().sum(dim=0) for x in _chunks(train))
         deviation = (square / len(train)).sqrt()
         # Of scaled rows the mean square length is 1, unless GUARD is more than their length was.

@@ -92,10 +92,9 @@ class PictureDetector:
     def load(cls, path, device):
         """Read what `save` wrote, onto a device; a UserError says why a file can't be one."""
         content = checkpoints.read_checkpoint(path, "--detector ")
-        version = content.get("format") if isinstance(content, dict) else None
-        if "detector" not in (content or ()) or version != FORMAT:
-            what = f"its format is {version!r:.20}, not {FORMAT}" if version else "it is none"
-            raise UserError(f"--detector {path} is no detector that this version reads: {what}")
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise UserError(f"--detector {path}: expected format {FORMAT}, found {found!r:.20}")
         try:
             return cls._of(content, device)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError,

@@ -217,7 +217,7 @@ def test_names_of_all_kinds_and_pictures_that_cannot_be_read_end_nothing(run, tm
     (["inbox", "--out", "site"], "holds an index.html that detect.py did not write"),
     (["inbox", "--detector", "nowhere"], "--detector nowhere: no such file"),
     (["inbox", "--detector", "inbox/odd0.png"], "is not a torch checkpoint"),
-    (["inbox", "--detector", "other.ssd"], "its format is 99, not 1"),
+    (["inbox", "--detector", "other.ssd"], "expected format 1, found 99"),
     (["inbox", "--detector", "odd/detector.ssd", "--good", "photos"], "--good does not go with"),
     (["inbox", "--detector", "cut.ssd"], "is damaged"),
     (["inbox", "--train"], "--good DIR is needed"),

@@ -9,6 +9,7 @@ eval_ssd.py and eval_ssdk.py differ in how they score. Features in a file are a 
 """
 
 import argparse
+import reprlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,6 +122,26 @@ FOREIGN = {"training_mode": None, "arch": "resnet50", "dataset": "cifar10",
            "data_dir": "./datasets", "in_classes": None, "size": 32, "normalize": False}
 
 
+def _is_constant(low):
+    """A test: is it None, or three numbers from `low` to 1?"""
+    return lambda x: x is None or (isinstance(x, list) and len(x) == 3 and all(
+        type(v) in (int, float) and low <= v <= 1 for v in x))
+
+
+# What train.py writes into a checkpoint, which may come from anywhere: a test of each value.
+WRITTEN = {
+    "training_mode": lambda x: x in [*trainers.TRAINING_MODES],
+    "arch": lambda x: x in [*models.ARCHITECTURES],
+    "dataset": lambda x: isinstance(x, str) and utils.is_name(x),
+    "data_dir": lambda x: isinstance(x, str) and utils.is_name(x),
+    "in_classes": lambda x: x is None or (isinstance(x, list) and all(
+        type(c) is int and 0 <= c < utils.MAX_CLASSES for c in x)),
+    "num_classes": lambda x: type(x) is int,
+    "size": lambda x: type(x) is int and 8 <= x <= 4096,
+    "normalize": lambda x: isinstance(x, bool),
+    "mean": _is_constant(0), "std": _is_constant(1e-9)}
+
+
 def open_trained(args):
     """Open the Trained network that the flags of add_network_arguments name.
 
@@ -138,19 +159,17 @@ def _restore(path, given):
     """The Trained network of a checkpoint of any dialect; flags are given, or None."""
     state, rest = checkpoints.load_checkpoint(path)
     known = rest.get("config")
-    if _is_ours(known):
-        _check_config(path, known)
+    if isinstance(known, dict) and WRITTEN.keys() <= known.keys():
+        for key, is_possible in WRITTEN.items():
+            if not is_possible(known[key]):
+                raise UserError(f"--ckpt {path}: its config has {key} = "
+                                f"{reprlib.repr(known[key])}, which train.py never writes")
     else:
         arch = rest.get("arch")  # all that the original's own checkpoints say
         known = {"arch": arch} if arch in list(models.ARCHITECTURES) else {}
         if given["normalize"] is None:
             utils.note(f"{path} does not say whether colours were normalised in training; taken as "
                        "not. The published networks need --normalize")
-    modes = trainers.TRAINING_MODES
-    for key, allowed in {"arch": models.ARCHITECTURES, "training_mode": modes}.items():
-        if key in known and known[key] not in allowed:
-            raise UserError(f"--ckpt {path} was trained with --{key.replace('_', '-')} "
-                            f"{known[key]}; known are {', '.join(allowed)}")
     settings = {}
     for key, foreign in FOREIGN.items():
         value = known.get(key, foreign)
@@ -160,8 +179,8 @@ def _restore(path, given):
         settings[key] = value if given[key] is None else given[key]
     if settings["training_mode"] is None:
         raise UserError(f"--training-mode is needed: the checkpoint {path} does not say how it was "
-                        f"trained ({', '.join(modes)})")
-    head = modes[settings["training_mode"]].head
+                        f"trained ({', '.join(trainers.TRAINING_MODES)})")
+    head = trainers.TRAINING_MODES[settings["training_mode"]].head
     if head == "classifier" and "num_classes" in known:
         _check_agreement(path, "classes", given["classes"], known["num_classes"])
     weight = state.get("head.weight")
@@ -174,9 +193,10 @@ def _restore(path, given):
     except ValueError as error:
         raise UserError(f"--ckpt {path} does not fit --arch {settings['arch']} --training-mode "
                         f"{settings['training_mode']} --classes {classes}: {error}") from None
-    constants = (known["mean"], known["std"]) if settings["normalize"] and "mean" in known else None
-    return Trained(network.encoder.to(utils.device()), constants=constants, path=str(path),
-                   sha256=storage.file_hash(path), **settings)
+    constants = (known.get("mean"), known.get("std")) if settings["normalize"] else (None, None)
+    return Trained(network.encoder.to(utils.device()), path=str(path), **settings,
+                   constants=None if None in constants else constants,
+                   sha256=storage.file_hash(path))
 
 
 def _use_pretrained(name, given):
@@ -190,33 +210,6 @@ def _use_pretrained(name, given):
         encoder, **settings | {"arch": name, "size": encoder.size, "normalize": True},
         constants=(encoder.mean, encoder.std), path=None, sha256=features.weights_hash(encoder),
         interpolation=encoder.interpolation)
-
-
-def _is_ours(config):
-    """Whether a checkpoint's "config" is one that train.py wrote."""
-    kinds = {"training_mode": str, "arch": str, "dataset": str, "data_dir": str, "size": int,
-             "normalize": bool, "in_classes": list | None, "num_classes": int,
-             "mean": list | None, "std": list | None}
-    return (isinstance(config, dict)
-            and all(k in config and isinstance(config[k], kind) for k, kind in kinds.items())
-            and all(config[k] is None or len(config[k]) == 3 for k in ("mean", "std")))
-
-
-def _check_config(path, config):
-    """Stop if a configuration has a value that train.py cannot have written."""
-    constants = [config["mean"], config["std"]] if config["normalize"] else [[], []]
-    possible = {
-        "size from 8 to 4096": 8 <= config["size"] <= 4096,
-        "in_classes of integers": all(type(c) is int and 0 <= c < utils.MAX_CLASSES
-                                      for c in config["in_classes"] or ()),
-        "mean and std from 0 to 1": None not in constants and all(
-            type(v) in (int, float) and low <= v <= 1
-            for low, values in zip((0, 1e-9), constants, strict=True) for v in values),
-        "dataset that can name a file": utils.is_name(config["dataset"]),
-        "data_dir that can name a folder": utils.is_name(config["data_dir"])}
-    for wanted, is_possible in possible.items():
-        if not is_possible:
-            raise UserError(f"--ckpt {path}: its config has no {wanted}")
 
 
 def _check_agreement(path, key, given, trained):

@@ -319,11 +319,9 @@ class NetworkSource:
         x = features.extract(self.trained.encoder, images, settings, self.cache)
         if not distributed.is_main_process():
             return None
-        try:
-            return detection.checked(x, f"the features of {images.name}")
-        except detection.FeatureError as error:
-            network = self.trained.path and f"--ckpt {self.trained.path}"
-            raise UserError(f"{network or f'--encoder {self.trained.arch}'}: {error}") from None
+        path, arch = self.trained.path, self.trained.arch
+        network = f"--ckpt {path}" if path else f"--encoder {arch}"
+        return detection.checked(x, f"{network}: the features of {images.name}")
 
 
 def settings_of(trained, train=None, batch_size=None, **others):

@@ -133,11 +133,16 @@ def read_yaml(path, flag="--config"):
     """Read a YAML file of keys and values, a dict; errors call it `flag`.
 
     Raises: UserError: no file, not YAML, a value that cannot be made or printed, not keys and
-        values, or a key that is given twice (PyYAML takes the last one).
+        values, too many of them, or a key that is given twice (PyYAML takes the last one).
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node):
+            super().flatten_mapping(node)
+            if len(node.value) > MAX_KEYS:  # merge keys (<<) can double them again and again
+                raise UserError(f"{path}: more than {MAX_KEYS} keys in one place")
+
         def construct_object(self, node, deep=False):
             try:
                 value = super().construct_object(node, deep)
@@ -169,6 +174,7 @@ def read_yaml(path, flag="--config"):
 
 LARGEST = 2**31 - 1  # integer on the command line; larger ones overflow in torch and faiss
 MAX_CLASSES = 100_000
+MAX_KEYS = 100_000  # of a YAML file
 
 
 def number(kind, low=None, high=None, above=None, below=None):

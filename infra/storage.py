@@ -144,10 +144,12 @@ def atomic_write(path, mode="wb", before_rename=None, **kwargs):
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some file systems refuse to sync a folder
-        os.fsync(folder)
-    os.close(folder)
+    with contextlib.suppress(OSError):  # Some file systems refuse to open or sync a folder.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def append_lines(path, data, sync=False):

@@ -7,6 +7,7 @@
 """
 
 import math
+import statistics
 import time
 import warnings
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from utils import RunError, UserError
 WARMUP_EPOCHS = 10
 LR_START, LR_END = 0.01, 1e-4  # at the first step of the warm-up; where the cosine would arrive
 MOMENTUM_START, MOMENTUM_END = 0.9, 0.8  # over the warm-up, with cycling
-SMALL_SIZE, SMALL_BATCH, SMALL_LR = 24, 64, 0.48  # of sets of some hundred pictures: recipe_for
+# Of sets of some hundred pictures (recipe_for); what was tried is in docs/detect.md.
+SMALL_SIZES, SMALL_EPOCHS = (64, 48, 32, 24), 20
+SMALL_BATCH, SMALL_LR, SMALL_TEMPERATURE = 32, 0.004, 0.2
 CPU_BF16 = ("avx512_bf16", "amx_tile")  # what processors that multiply bfloat16 have
 
 
@@ -98,30 +101,32 @@ def fast_speed(device):
 def recipe_for(n, minutes, size, device):
     """Choose how SimCLR learns most from a small set in a given time, by a measurement.
 
-    Args: n: training images. minutes: of training on the device. size: S, None to choose.
+    Args: n: training images. minutes: of training on the device. size: S, None to choose: the
+        largest of SMALL_SIZES at which there is time for enough epochs.
     Returns: dict of flags of train.py and their values.
     """
-    size, batch_size = size or SMALL_SIZE, min(n, SMALL_BATCH)
+    measured, batch_size = size or SMALL_SIZES[-1], min(n, SMALL_BATCH)
     network = models.build_model("resnet18", "projection").to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
-    pixels = torch.zeros(batch_size, 3, 2 * size, 2 * size, dtype=torch.uint8)
+    pixels = torch.zeros(batch_size, 3, 2 * measured, 2 * measured, dtype=torch.uint8)
     images = data.ImageSet("measured", pixels, torch.zeros(batch_size, dtype=torch.int64))
-    # As fast_speed, but torch.compile takes minutes of those, and a CPU keeps to float32.
-    speed = Speed("bf16" if device.type == "cuda" else "fp32", channels_last=True)
-    step = Step(network, optimizer, data.to(images, device), TRAINING_MODES["SimCLR"], size=size,
-                speed=speed)
+    speed = fast_speed(device)._replace(compile=False)  # which takes minutes of those
+    step = Step(network, optimizer, data.to(images, device), TRAINING_MODES["SimCLR"],
+                size=measured, speed=speed)
     batch, seconds = Batch(torch.arange(batch_size, device=device)), []
-    for i in range(4):
+    for i in range(6):
         began = time.perf_counter()
         float(step(batch, 0, i, 1e-6, 0.9))  # waits for the device
         seconds.append(time.perf_counter() - began)
-    steps = math.ceil(n / batch_size)
-    epochs = max(1, int(60 * minutes / (steps * min(seconds[1:]))))
-    warmup = epochs > 3 * WARMUP_EPOCHS  # or it would take most of the time
+
+    def epochs(side):  # a step takes as long as it has pixels
+        one = math.ceil(n / batch_size) * statistics.median(seconds[1:]) * (side / measured) ** 2
+        return max(1, int(60 * minutes / one))
+
+    size = size or next((s for s in SMALL_SIZES if epochs(s) >= SMALL_EPOCHS), measured)
     return {"arch": "resnet18", "size": size, "normalize": True, "batch-size": batch_size,
-            "epochs": epochs - WARMUP_EPOCHS * warmup, "warmup": warmup,
-            "lr": SMALL_LR * batch_size / 512, "precision": speed.precision,
-            "channels-last": speed.channels_last}
+            "epochs": epochs(size), "lr": SMALL_LR, "temperature": SMALL_TEMPERATURE,
+            "precision": speed.precision, "channels-last": speed.channels_last}
 
 
 # --- one step -------------------------------------------------------------------------------------

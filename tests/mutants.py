@@ -35,6 +35,7 @@ SIMCLR = f"{TRAINER} -k SimCLR"
 SUPCON = f"{TRAINER} -k SupCon"
 SUPCE = f"{TRAINER} -k SupCE"
 SCHEDULE = "tests/test_trainers.py -k lr_and_momentum"
+RECIPE = "tests/test_trainers.py -k recipe"
 KNN = "tests/test_trainers.py -k knn"
 META = "tests/test_meta.py"
 DETECTOR = "tests/test_literal_detector.py"
@@ -107,6 +108,7 @@ MUTANTS = [Mutant(*row) for row in [
     ("trainers.py", "torch.tensor(v, device=self.device) for v in (mean, std)",
      "torch.tensor(v, device=self.device) for v in (std, mean)", SUPCE),
     ("trainers.py", "train_step.seed, epoch)", "train_step.seed, 0)", SUPCE),
+    ("trainers.py", "epochs(s) >= SMALL_EPOCHS", "epochs(s) < SMALL_EPOCHS", RECIPE),
     ("trainers.py", "float((losses * sizes).sum() / sizes.sum())", "float(losses.mean())", SUPCE),
     ("trainers.py", "features.extract(network, images", "features.extract(network.encoder, images",
      TRAINER),

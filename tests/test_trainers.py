@@ -342,3 +342,12 @@ def test_bf16_leaves_outputs_and_weights_in_float32():
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
     with pytest.raises(utils.RunError, match=r"loss is nan at epoch 0, step [12];"):
         train("SimCLR", tiny_images(), lr=1e30)
+
+
+@pytest.mark.parametrize(("n", "minutes", "size", "chosen"), [
+    (4, 1e5, None, 64), (4, 1e-6, None, 24), (4, 1e-6, 8, 8)])
+def test_a_recipe_takes_the_largest_pictures_for_which_there_is_time(n, minutes, size, chosen):
+    recipe = trainers.recipe_for(n, minutes, size, torch.device("cpu"))
+    assert recipe["size"] == chosen
+    assert (recipe["epochs"] >= trainers.SMALL_EPOCHS) == (minutes > 1)
+    assert recipe["batch-size"] == n

@@ -55,9 +55,11 @@ class Standardizer:
         Args: device: that computes, here and later; None is the features'.
         Raises a FeatureError: not two-dimensional, empty, not finite, or without a direction.
         """
-        train = checked(train, "the training features")
+        train = _shaped(train, "the training features")
         device = train.device if device is None else torch.device(device)
         mean = sum(_unit(rows, device).sum(dim=0) for rows in _chunks(train)) / len(train)
+        if not mean.isfinite().all():
+            checked(train, "the training features")  # says in how many rows
         square = sum(_unit(x, device).sub_(mean).square_().sum(dim=0) for x in _chunks(train))
         deviation = (square / len(train)).sqrt()
         # Of scaled rows the mean square length is 1, unless GUARD is more than their length was.
@@ -121,16 +123,22 @@ def _unit(rows, device):
 
 def checked(features, name, width=None):
     """Return features [N, D], arrays as tensors; a FeatureError says what is wrong with `name`."""
+    features = _shaped(features, name, width)
+    bad = sum(int((~(rows.abs() < LARGEST)).any(dim=1).sum()) for rows in _chunks(features))
+    if bad:
+        raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows, or above "
+                           f"{LARGEST:g}, where their squares are not")
+    return features
+
+
+def _shaped(features, name, width=None):
+    """Return features, arrays as tensors, if [N, D] of the right width; no value is read."""
     features = torch.from_numpy(features) if isinstance(features, np.ndarray) else features
     shape = list(features.shape)
     if len(shape) != 2 or 0 in shape:
         raise FeatureError(f"{name} must be [N, D] with N and D above 0, not {shape}")
     if width is not None and shape[1] != width:
         raise FeatureError(f"{name} have {shape[1]} dimensions, the training ones {width}")
-    bad = sum(int((~(rows.abs() < LARGEST)).any(dim=1).sum()) for rows in _chunks(features))
-    if bad:
-        raise FeatureError(f"{name} are not finite in {bad} of {len(features)} rows, or above "
-                           f"{LARGEST:g}, where their squares are not")
     return features
 
 
@@ -505,18 +513,20 @@ def choices(scores, settings):
 
 
 def score_each(detectors, features, name="the features"):
-    """Return the scores of raw features [N, D] by each detector of one width.
+    """Return the scores of raw features [N, D], read once, by each detector of one width.
 
     Args: detectors: {key: Detector}. name: of the features, in messages.
     Returns: {key: float64 array [N]}.
     Raises a FeatureError: features not finite or of another width.
     """
-    features = checked(features, name, width=next(iter(detectors.values())).width)
+    features = _shaped(features, name, width=next(iter(detectors.values())).width)
     scores = {key: torch.empty(len(features), dtype=torch.float64) for key in detectors}
     for start in range(0, len(features), ROWS):
         rows = features[start : start + ROWS]
         for key, detector in detectors.items():
             scores[key][start : start + ROWS] = detector.distance(rows)
+    if not all(values.isfinite().all() for values in scores.values()):
+        checked(features, name)  # says in how many rows
     return {key: values.numpy() for key, values in scores.items()}
 
 

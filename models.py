@@ -217,6 +217,7 @@ class Pretrained(nn.Module):
         middle = slice(start, start + self._side)
         return self.network(x[:, :, middle, middle])
 
+
 def pretrained(name, size=None):
     """Build an encoder with the weights that others gave it.
 

@@ -15,6 +15,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -43,6 +45,7 @@ def run(main):
             distributed.shutdown()
         sys.exit(STOPPED)
     except (Exception, KeyboardInterrupt) as error:
+        _let_threads_begin()
         distributed.let_others_speak(error)
         message, status = _verdict(error)
         if message is None:
@@ -66,6 +69,17 @@ def _interrupt(number, frame):
     """End the program at a signal as Ctrl-C does, so that what is half-written is removed."""
     signal.signal(number, signal.SIG_IGN)  # it may come twice, from a launcher and a shell
     raise KeyboardInterrupt(number)
+
+
+def _let_threads_begin():
+    """Wait for threads that a signal caught while they were started.
+
+    Python waits for a thread at its exit only once that has begun; one that was then to begin a
+    computation would end the process by SIGABRT.
+    """
+    deadline = time.monotonic() + 1  # one that was caught still earlier never begins
+    while time.monotonic() < deadline and not all(t.is_alive() for t in threading.enumerate()):
+        time.sleep(0.01)
 
 
 def _any_text(error):

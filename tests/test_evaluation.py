@@ -281,7 +281,7 @@ def test_a_killed_evaluation_leaves_whole_records_and_features(
         time.sleep(0.01)
     process.send_signal(number)
     _, error = process.communicate()
-    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number), error
     assert error.endswith("error: ended by SIGTERM\n" if number == signal.SIGTERM else "")
     (record,) = consistent(base)
     again = evaluate("eval_ssd.py", *common)

@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -310,6 +311,25 @@ def test_a_signal_ends_a_program_and_leaves_nothing_half_written(name, tmp_path,
     assert said.buffer.getvalue().count(b"\n") == 1
     assert not list(tmp_path.iterdir())
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_program_does_not_end_before_a_thread_that_it_was_starting_has_begun(capsys):
+    ended = threading.Event()
+
+    class Interrupting(threading.Thread):
+        def _bootstrap(self):  # the first that the new thread does
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            super()._bootstrap()
+
+    thread = Interrupting(target=ended.wait)
+    with pytest.raises(SystemExit) as end:
+        program.run(thread.start)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert thread.is_alive()
+    ended.set()
+    thread.join()
 
 
 def a_pipe_without_a_reader():

@@ -9,6 +9,7 @@ file. Of several processes each computes every n-th batch, so that batches, and 
 bits of features, are those of one process; the main process gets them all.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -222,6 +223,8 @@ class FeatureCache:
 
     def __init__(self, folder, network):
         self.folder = Path(folder)
+        with contextlib.suppress(OSError):  # made now, or a result could be given its name
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._weights = weights_hash(network)
         self._device = next(network.parameters()).device
         self._writes = True

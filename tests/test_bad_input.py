@@ -719,6 +719,14 @@ def test_scores_in_place_of_a_folder_are_refused_before_anything_is_computed(
     refused(evaluate(trained, "--scores", place), f"--scores {place}")
 
 
+def test_scores_in_place_of_the_cache_are_refused_before_anything_is_computed(
+    evaluate, trained, tmp_path
+):
+    cache = tmp_path / "cache"
+    done = evaluate(trained, "--cache-dir", cache, "--scores", cache)
+    refused(done, f"--scores {cache} is a folder")
+
+
 # --- configuration files --------------------------------------------------------------------------
 
 # test_utils.py has a longer table

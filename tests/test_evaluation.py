@@ -271,7 +271,7 @@ def test_a_store_that_cannot_be_or_fills_the_disk_is_one_line(
 def test_a_killed_evaluation_leaves_whole_records_and_features(
     evaluate, trained, tmp_path, other_npz, number
 ):
-    common = ("--ood", f"npz:{other_npz}", "--cache-dir", "cache")
+    common = ("--ood", f"npz:{other_npz}", "--cache-dir", "cache", "--batch-size", "32")
     base = result_files("eval_ssd.py", tmp_path / "eval_results")
     process = subprocess.Popen(
         [sys.executable, ROOT / "eval_ssd.py", "--ckpt", trained, *common[:2], "gaussian",

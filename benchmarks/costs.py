@@ -8,8 +8,6 @@ stays under 4 GiB; the training features' Gaussian is fitted once, whatever the 
 sets. Each part has a process of its own, and random features. Writes benchmarks/records/costs.json.
 """
 
-import os
-import platform
 import time
 from unittest import mock
 
@@ -93,9 +91,7 @@ def main(argv=None):
               f"{SCORED:,}: peak {r['peak_mib'] / 1024:.2f} GiB, {r['seconds']:.0f} s, "
               f"{r['seconds_of_the_fit']:.0f} s of it fitting; each training feature fitted "
               f"{r['rows_fitted'] / args.rows:.0f} time(s)", flush=True)
-    record = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    record |= {name: utils.versions()[name] for name in ("python", "torch", "numpy")}
-    common.write_record("costs", record | {"results": results}, args.record)
+    common.write_record("costs", {"facts": common.facts("cpu"), "results": results}, args.record)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def _fill(out, function, x):
 def _unit(rows, device):
     """Rows [n, D] -> new float64 rows of length 1 on a device."""
     rows = rows.to(device, torch.float64, copy=True)
-    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).add_(GUARD))
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).add_(GUARD)
+    # A length that overflows would make the row 0, which looks like any other.
+    return rows.div_(length.masked_fill_(length.isinf(), torch.nan))
 
 
 def checked(features, name, width=None):

@@ -401,11 +401,11 @@ def test_features_that_cannot_be_scaled_to_unit_length_are_refused_with_the_reas
         SSD.fit(np.concatenate([np.zeros((25, width)), x / scale]))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e200])
 @pytest.mark.parametrize("choice", detection.choices(SCORES, {"clusters": [2], "neighbours": [5]}),
                          ids=str)
 def test_features_that_are_not_finite_are_refused_and_counted(choice, bad):
-    train, test = rows(30, 4), rows(10, 4, seed=1)
+    train, test = rows(30, 4, dtype=np.float64), rows(10, 4, seed=1, dtype=np.float64)
     broken = train.copy()
     broken[[3, 7], 1] = bad
     with pytest.raises(FeatureError, match="training features are not finite in 2 of 30 rows"):
